@@ -1,0 +1,6 @@
+"""What happens beside the training."""
+
+from stable_opd.callbacks.answers import AnswerWriter
+from stable_opd.callbacks.progress import OPDProgressBar
+
+__all__ = ["AnswerWriter", "OPDProgressBar"]

@@ -1,0 +1,99 @@
+"""The command line: `stable-opd fit|validate|test|predict` by LightningCLI, and commands of our own beside it."""
+
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from stable_opd import registry
+from stable_opd.callbacks import AnswerWriter, OPDProgressBar
+from stable_opd.commands import COMMANDS
+from stable_opd.data import PromptDataModule
+from stable_opd.module import OPDModule
+
+#: Trainer values that suit on-policy distillation; a YAML may change them.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "opd"}},
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # the data module spreads the prompts itself
+}
+
+
+class Parser(LightningArgumentParser):
+    """Says in a few lines what is wrong, instead of printing every option there is."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Explain and exit with 2."""
+        print(f"stable-opd: error: {message.strip()}", *hints(message), sep="\n\n", file=sys.stderr)
+        sys.exit(2)
+
+
+class CLI(LightningCLI):
+    """LightningCLI whose trainer shows our progress bar, and writes answers when it predicts."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer; a progress bar or an answer writer in the YAML takes the place of ours."""
+        options = self.config_init[self.subcommand].trainer
+        callbacks = options.callbacks or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if options.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
+            callbacks.append(OPDProgressBar())
+        if not any(isinstance(each, AnswerWriter) for each in callbacks):
+            callbacks.append(AnswerWriter())
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        args: Arguments as in a shell, without the program's name; none takes those of the process.
+    """
+    argv = list(sys.argv[1:] if args is None else args)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # so that `my_losses.MyKL` beside the YAML is found
+    registry.load_plugins()
+    if argv and argv[0] in COMMANDS:
+        COMMANDS[argv[0]](argv[1:])
+        return
+    CLI(
+        OPDModule,
+        PromptDataModule,
+        subclass_mode_data=True,
+        parser_class=Parser,
+        parser_kwargs={"prog": "stable-opd", "description": f"stable-opd {version('stable-opd')}"},
+        trainer_defaults=TRAINER_DEFAULTS,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # config.yaml is the record; checkpoints hold tensors only
+        args=None if args is None else argv,
+    )
+
+
+def hints(message: str) -> list[str]:
+    """Return what else is worth saying about a parser's message: the name or the option that was probably meant."""
+    found = []
+    for match in re.finditer(r"Expected a dot import path string: (\S+)", message):
+        # The kind that the message mentions last before the name is the one that the name should be of.
+        before = message[: match.start()].lower()
+        kind = max(registry.kinds(), key=before.rfind)
+        if kind in before:
+            found.append(registry.unknown_name(kind, match.group(1)))
+    for path, option in re.findall(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
+        module, _, name = path.rpartition(".")
+        accepted = [*inspect.signature(getattr(sys.modules[module], name)).parameters]
+        near = difflib.get_close_matches(option, accepted, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        found.append(f"{name} takes {', '.join(accepted) or 'no parameters'}, but not {option!r}.{meant}")
+    return list(dict.fromkeys(found))

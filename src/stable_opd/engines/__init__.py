@@ -1,0 +1,6 @@
+"""Who runs generation."""
+
+from stable_opd.engines.base import Completions, Request, RolloutEngine
+from stable_opd.engines.transformers import TransformersEngine
+
+__all__ = ["Completions", "Request", "RolloutEngine", "TransformersEngine"]

@@ -1,0 +1,58 @@
+"""The contract of a rollout engine: who runs generation."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stable_opd.registry import Component
+from stable_opd.samplers.base import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to generate.
+
+    Attributes:
+        prompts: Token ids of each prompt, ragged.
+        prompt: Which prompt each row answers, (B,); rows of one prompt may share its prefill.
+        keys: Random key of each row, (B,): equal keys and equal models give equal rows.
+        max_new_tokens: Token budget of each row.
+        stop: Token ids that end a row; they belong to the completion.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    prompt: Sequence[int]
+    keys: Sequence[int]
+    max_new_tokens: int
+    stop: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """What was generated, packed row after row.
+
+    Attributes:
+        tokens: Completion tokens, (N,).
+        logprobs: Log-prob of each under the sampler's distribution, (N,).
+        lengths: Tokens of each row, (B,).
+        finish: `Finish` of each row, (B,).
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    lengths: Tensor
+    finish: Tensor
+
+
+class RolloutEngine(Component):
+    """Who runs generation; it serves and does not learn, so it is no module and is in no checkpoint."""
+
+    kind: ClassVar[str] = "engine"
+
+    @abstractmethod
+    def generate(self, model: PreTrainedModel, request: Request, sampler: Sampler) -> Completions:
+        """Let ``model`` write one completion for each row of the request."""

@@ -1,0 +1,59 @@
+"""Grading answers and measuring them, for validation and test."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from stable_opd.metrics.collections import evaluation_metrics
+from stable_opd.repetition import RepetitionDetector
+from stable_opd.samplers import Sampler, Temperature
+from stable_opd.types import Prompts, Rollout
+
+
+def grades(prompts: Prompts, rollout: Rollout) -> list[float]:
+    """Return the grade of each row, which answers the prompt of its number; empty if there is no task."""
+    if prompts.task is None:
+        return []
+    places = rollout.prompt.tolist()
+    return [prompts.task.grade(text, prompts.fields[place]) for text, place in zip(rollout.texts, places, strict=True)]
+
+
+class Evaluation(nn.Module):
+    """Two sets of answers to each prompt, greedy and at a temperature, and what is measured on them.
+
+    Args:
+        max_length: Token budget of an answer.
+        temperature: Temperature of the second set.
+    """
+
+    def __init__(self, max_length: int, temperature: float) -> None:
+        super().__init__()
+        self.samplers: dict[str, Sampler] = {"": Temperature(0.0), "sampled/": Temperature(temperature)}
+        # A list, because a module's child may not have the empty name of the greedy set.
+        self.metrics = nn.ModuleList([evaluation_metrics(max_length) for _ in self.samplers])
+
+    def sets(self) -> Iterator[tuple[Sampler, MetricCollection]]:
+        """Return how each set is drawn, and where it is counted."""
+        return zip(self.samplers.values(), self.metrics, strict=True)  # type: ignore[arg-type]
+
+    def measure(
+        self, metrics: MetricCollection, prompts: Prompts, rollout: Rollout, detector: RepetitionDetector
+    ) -> None:
+        """Count the answers of a batch in one of the sets."""
+        metrics["truncation_rate"].update(rollout.truncated)
+        metrics["repetition_rate"].update(detector(rollout).repetitive)
+        metrics["length"].update(rollout.lengths)
+        if prompts.task is not None:
+            metrics["accuracy"].update(torch.tensor(grades(prompts, rollout), device=rollout.lengths.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return all figures, over all processes, and forget the answers."""
+        figures: dict[str, Tensor] = {}
+        for prefix, metrics in zip(self.samplers, self.metrics, strict=True):
+            values = {name: metric.compute() for name, metric in metrics.items() if metric.update_called}  # type: ignore[operator]
+            values |= values.pop("length", {})
+            figures |= {prefix + name: value for name, value in values.items()}
+            metrics.reset()  # type: ignore[operator]
+        return figures

@@ -1,0 +1,44 @@
+"""The metrics of a training step and of an evaluation, under the names by which they are logged."""
+
+from torchmetrics import MeanMetric, MetricCollection
+
+from stable_opd.metrics.advantage import LogRatioTail, RepeatedAdvantage
+from stable_opd.metrics.length import LengthInflation, ResponseLength
+from stable_opd.metrics.rates import RepetitionRate, TruncationRate
+
+
+def training_metrics(max_length: int) -> MetricCollection:
+    """Return what is measured on the rollouts of each step; its values are those of the step, over all processes.
+
+    Args:
+        max_length: Token budget of an answer.
+    """
+    return MetricCollection(
+        {
+            "truncation_rate": TruncationRate(dist_sync_on_step=True),
+            "repetition_rate": RepetitionRate(dist_sync_on_step=True),
+            "length": ResponseLength(max_length, dist_sync_on_step=True),
+            "length_inflation": LengthInflation(),
+            "advantage": RepeatedAdvantage(dist_sync_on_step=True),
+            "log_ratio_p99": LogRatioTail(dist_sync_on_step=True),
+        },
+        prefix="train/",
+        compute_groups=False,
+    )
+
+
+def evaluation_metrics(max_length: int) -> MetricCollection:
+    """Return what is measured on answers to evaluation prompts.
+
+    Args:
+        max_length: Token budget of an answer.
+    """
+    return MetricCollection(
+        {
+            "accuracy": MeanMetric(),
+            "truncation_rate": TruncationRate(),
+            "repetition_rate": RepetitionRate(),
+            "length": ResponseLength(max_length),
+        },
+        compute_groups=False,
+    )

@@ -1,0 +1,53 @@
+"""Groups of plain settings of the module; every one is a key in YAML."""
+
+from dataclasses import dataclass
+
+from stable_opd.reduce import Aggregation
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How answers are written.
+
+    Args:
+        samples_per_prompt: Rollouts for each prompt of a training batch; 0 trains on the mixture's rows alone.
+        max_new_tokens: Token budget of an answer, in training and in evaluation.
+        eval_temperature: Temperature of the second set of evaluation answers; the first is greedy.
+    """
+
+    samples_per_prompt: int = 4
+    max_new_tokens: int = 512
+    eval_temperature: float = 0.6
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.samples_per_prompt < 0 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"Expected samples_per_prompt of at least 0 and max_new_tokens of at least 1, but got "
+                f"{self.samples_per_prompt} and {self.max_new_tokens}."
+            )
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """How the student learns from the answers.
+
+    Args:
+        aggregation: ``sequence_mean``: mean over the tokens of each row, then over rows (GRPO). ``token_mean``: mean
+            over all tokens.
+        micro_batch_tokens: Tokens, padding included, that go through the models at once; bounds the memory and does not
+            change the result.
+        gradient_clip: Largest norm of the gradient.
+    """
+
+    aggregation: Aggregation = "sequence_mean"
+    micro_batch_tokens: int = 16_384
+    gradient_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.micro_batch_tokens < 1 or self.gradient_clip <= 0:
+            raise ValueError(
+                f"Expected micro_batch_tokens of at least 1 and gradient_clip above 0, but got "
+                f"{self.micro_batch_tokens} and {self.gradient_clip}."
+            )

@@ -1,0 +1,39 @@
+"""The contract of a teacher: who scores the student's tokens."""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from stable_opd.registry import Component
+from stable_opd.scoring import HiddenStates
+from stable_opd.types import Rollout
+
+
+class Teacher(Component):
+    """Who scores the student's tokens; it serves and does not learn, so it is no module and is in no checkpoint."""
+
+    kind: ClassVar[str] = "teacher"
+
+    @abstractmethod
+    def setup(self, student: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        """Get ready: load what is needed and make sure that the student's token ids mean the same here.
+
+        Args:
+            student: Name of the student, for messages.
+            tokenizer: The student's tokenizer.
+            device: Where the rollouts will be.
+
+        Raises:
+            ValueError: If this teacher cannot score that student.
+        """
+
+    @abstractmethod
+    def score(self, rollout: Rollout) -> HiddenStates:
+        """Read some rows and return the hidden states from which their completion tokens are predicted."""
+
+    @property
+    @abstractmethod
+    def context_length(self) -> int | None:
+        """How many tokens the teacher can read, or None if it does not say."""

@@ -1,0 +1,48 @@
+"""A teacher in this process."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stable_opd.models import check_same_vocabulary, context_length, load_model, load_tokenizer, output_head
+from stable_opd.scoring import HiddenStates, body
+from stable_opd.teachers.base import Teacher
+from stable_opd.types import Rollout
+
+
+class LocalTeacher(Teacher):
+    """A causal language model of transformers, frozen, in this process.
+
+    Args:
+        path: A folder, a hub name, or one of the testbed's (``testbed:teacher``).
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._model: PreTrainedModel | None = None
+        self._vocabulary = 0
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The loaded model."""
+        if self._model is None:
+            raise RuntimeError(f"The teacher {self.path!r} was asked for scores before its `setup` was called.")
+        return self._model
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens the teacher can read."""
+        return context_length(self.model)
+
+    def setup(self, student: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        """Load the model and compare the vocabularies."""
+        check_same_vocabulary(tokenizer, load_tokenizer(self.path), student, self.path)
+        if self._model is None:
+            self._model = load_model(self.path).requires_grad_(False).eval()
+        nn.Module.to(self._model, device)
+        self._vocabulary = len(tokenizer)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> HiddenStates:
+        """Read some rows and return the hidden states from which their completion tokens are predicted."""
+        return HiddenStates(body(self.model, rollout), output_head(self.model, self._vocabulary))

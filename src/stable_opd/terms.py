@@ -1,0 +1,24 @@
+"""What the three kinds that contribute to the loss have in common."""
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from stable_opd.registry import Component
+from stable_opd.types import Evidence, TokenLoss
+
+Support = Literal["sampled", "full"]
+
+
+class LossTerm(Component, nn.Module):
+    """A term of the objective: it declares what it needs to see, and turns evidence into a loss per position."""
+
+    #: "sampled": log-probs of the written tokens, whole rows at once. "full": the whole vocabulary, in tiles.
+    support: ClassVar[Support] = "sampled"
+    needs_teacher: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+
+    @abstractmethod
+    def forward(self, evidence: Evidence) -> TokenLoss:
+        """Return the loss of each position; no masking, no reduction."""

@@ -1,0 +1,268 @@
+"""The nouns that flow through a training step: Prompts -> Rollout -> Evidence -> TokenLoss.
+
+Letters used everywhere: B rows, T completion length, N completion tokens of all rows together (the sum of their real
+lengths), n positions of one piece of evidence (N or a part of it), V vocabulary. Ragged data is *packed*: the tokens of
+all rows stand one after the other, without padding, in the order of the rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from stable_opd.tasks.base import Task
+
+
+class Author(IntEnum):
+    """Who wrote a row."""
+
+    STUDENT = 0
+    GOLDEN = 1
+    TEACHER = 2
+
+
+class Finish(IntEnum):
+    """Why a row ended."""
+
+    STOP = 0  # a stop token
+    LENGTH = 1  # the token budget ran out
+    LOOP = 2  # stopped early because it repeated itself; counts as truncated
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """One batch of problems.
+
+    Attributes:
+        ids: Token ids of each prompt, ragged.
+        golden: Token ids of each prompt's golden solution with its stop token, or None where it has none.
+        index: Position of each prompt in its dataset; random choices are keyed by it.
+        fields: The task's fields of each prompt (the answer, for instance).
+        task: Grades completions of these prompts; None if they cannot be graded.
+    """
+
+    ids: Sequence[Sequence[int]]
+    golden: Sequence[Sequence[int] | None]
+    index: Sequence[int]
+    fields: Sequence[Mapping[str, Any]]
+    task: "Task | None" = None
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.ids)
+
+
+class Plan(NamedTuple):
+    """Who writes what: one entry for each row of the rollout to come.
+
+    Attributes:
+        prompt: Which prompt of the batch the row answers, (B,).
+        author: Who writes it, (B,).
+    """
+
+    prompt: list[int]
+    author: list[Author]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions, packed.
+
+    Attributes:
+        tokens: Prompt and completion of each row, one row after the other, (sum of both,).
+        prompt_lengths: Prompt tokens of each row, (B,).
+        lengths: Completion tokens of each row, its stop token included, (B,).
+        prompt: Which prompt of the batch each row answers, (B,).
+        author: `Author` of each row, (B,).
+        finish: `Finish` of each row, (B,).
+        behaviour_logprobs: Log-prob of each completion token under whoever drew it, after the sampler; 0 for tokens
+            that were not drawn, (N,).
+        texts: Completion of each row as text, without special tokens.
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    lengths: Tensor
+    prompt: Tensor
+    author: Tensor
+    finish: Tensor
+    behaviour_logprobs: Tensor
+    texts: list[str]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    @cached_property
+    def row(self) -> Tensor:
+        """Row of each completion token, (N,)."""
+        rows = torch.arange(len(self), device=self.lengths.device)
+        return rows.repeat_interleave(self.lengths)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """Position of each completion token in its completion, from 0, (N,)."""
+        return _ragged_arange(self.lengths)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Where each row's prompt starts in `tokens`, (B,)."""
+        totals = self.prompt_lengths + self.lengths
+        return totals.cumsum(0) - totals
+
+    @cached_property
+    def completion(self) -> Tensor:
+        """Completion tokens, (N,)."""
+        return self.tokens[(self.starts + self.prompt_lengths)[self.row] + self.position]
+
+    @property
+    def truncated(self) -> Tensor:
+        """Rows that did not end by a stop token, (B,) bool."""
+        return self.finish != Finish.STOP
+
+    def written_by(self, author: Author) -> Tensor:
+        """Numbers of the rows that ``author`` wrote, (rows,)."""
+        return (self.author == author).nonzero().squeeze(1)
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """Return the rollout of some rows only, in the order given."""
+        totals = self.prompt_lengths + self.lengths
+        completion_starts = self.lengths.cumsum(0) - self.lengths
+        return replace(
+            self,
+            tokens=self.tokens[self.starts[rows].repeat_interleave(totals[rows]) + _ragged_arange(totals[rows])],
+            prompt_lengths=self.prompt_lengths[rows],
+            lengths=self.lengths[rows],
+            prompt=self.prompt[rows],
+            author=self.author[rows],
+            finish=self.finish[rows],
+            behaviour_logprobs=self.behaviour_logprobs[
+                completion_starts[rows].repeat_interleave(self.lengths[rows]) + _ragged_arange(self.lengths[rows])
+            ],
+            texts=[self.texts[row] for row in rows.tolist()],
+        )
+
+
+class Repetition(NamedTuple):
+    """What a detector found.
+
+    Attributes:
+        in_loop: Completion tokens that sit inside a loop, (N,) bool.
+        repetitive: Rows that count as repetitive, (B,) bool.
+    """
+
+    in_loop: Tensor
+    repetitive: Tensor
+
+
+class Scores:
+    """What one model says about some positions; reading what was not asked for is an error.
+
+    Args:
+        sampled: Log-prob of the token that was written, (n,) float32.
+        logprobs: Log-probs of the whole vocabulary, (n, V) float32.
+    """
+
+    def __init__(self, sampled: Tensor | None = None, logprobs: Tensor | None = None) -> None:
+        self._sampled = sampled
+        self._logprobs = logprobs
+
+    @property
+    def sampled(self) -> Tensor:
+        """Log-prob of the token that was written, (n,)."""
+        if self._sampled is None:
+            raise ValueError(
+                "This model did not score these positions. Declare needs_teacher = True or needs_reference = True in "
+                "the component's class."
+            )
+        return self._sampled
+
+    @property
+    def logprobs(self) -> Tensor:
+        """Log-probs of the whole vocabulary, (n, V)."""
+        if self._logprobs is None:
+            raise ValueError(
+                "The log-probs of the whole vocabulary were not computed for this component. Declare "
+                'support = "full" (and needs_teacher or needs_reference) in its class, or read `sampled`.'
+            )
+        return self._logprobs
+
+
+NOT_SCORED = Scores()
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a component sees: n positions, whose tokens were written and then scored.
+
+    A component with ``support = "sampled"`` sees all positions of some whole rows at once, so it may follow a row from
+    token to token; one with ``support = "full"`` sees tiles, so it must treat each position by itself.
+
+    Attributes:
+        tokens: The token that was written, (n,).
+        row: Its row, (n,); rows are contiguous.
+        position: Its position in the completion, from 0, (n,).
+        in_loop: Whether the detector says that it sits inside a loop, (n,) bool.
+        author: `Author` of the token, (n,).
+        behaviour_logprobs: Its log-prob under whoever drew it, (n,).
+        progress: Share of the training that is over, from 0 to 1.
+        student: Scores of the student; the only ones through which a gradient flows.
+        teacher: Scores of the teacher, for components that declare ``needs_teacher``.
+        reference: Scores of the initial student, for components that declare ``needs_reference``.
+    """
+
+    tokens: Tensor
+    row: Tensor
+    position: Tensor
+    in_loop: Tensor
+    author: Tensor
+    behaviour_logprobs: Tensor
+    progress: float
+    student: Scores = NOT_SCORED
+    teacher: Scores = NOT_SCORED
+    reference: Scores = NOT_SCORED
+
+    def written_by(self, author: Author) -> Tensor:
+        """Positions whose token ``author`` wrote, (n,) bool."""
+        return self.author == author
+
+    def seen(self, tile: slice, student: Scores, teacher: Scores, reference: Scores) -> "Evidence":
+        """Return the evidence on a tile of the positions, with the scores that the models gave there."""
+        return Evidence(
+            self.tokens[tile],
+            self.row[tile],
+            self.position[tile],
+            self.in_loop[tile],
+            self.author[tile],
+            self.behaviour_logprobs[tile],
+            self.progress,
+            student,
+            teacher,
+            reference,
+        )
+
+
+class TokenLoss(NamedTuple):
+    """One term of the objective, per position, unreduced and unmasked.
+
+    Attributes:
+        loss: What is minimised, (n,), differentiable, with the term's weight already applied.
+        value: What is reported, (n,), without gradient and without weight. The number of a surrogate loss means
+            nothing, so a sampled divergence reports the divergence here.
+        where: The positions that this term speaks about, (n,) bool.
+    """
+
+    loss: Tensor
+    value: Tensor
+    where: Tensor
+
+
+def _ragged_arange(lengths: Tensor) -> Tensor:
+    """Count from 0 within each of several runs: [2, 3] -> [0, 1, 0, 1, 2]."""
+    starts = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(lengths)
