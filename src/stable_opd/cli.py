@@ -2,13 +2,17 @@
 
 import difflib
 import inspect
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
+import datasets
+import transformers
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,7 +27,7 @@ from stable_opd.module import OPDModule
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "opd"}},
     "log_every_n_steps": 1,
-    "num_sanity_val_steps": 0,
+    "num_sanity_val_steps": -1,  # evaluate the initial student first
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # the data module spreads the prompts itself
 }
@@ -62,6 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if args is None else args)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `my_losses.MyKL` beside the YAML is found
+    quiet()
     registry.load_plugins()
     if argv and argv[0] in COMMANDS:
         COMMANDS[argv[0]](argv[1:])
@@ -81,6 +86,16 @@ def main(args: Sequence[str] | None = None) -> None:
     )
 
 
+def quiet() -> None:
+    """Keep advertisements and bars of a fraction of a second off the terminal, for the run's own words."""
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero.addFilter(lambda record: not str(record.msg).startswith("💡"))
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # https://github.com/Lightning-AI/pytorch-lightning: deprecated calls that lightning 2.6.6 makes itself
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
+
+
 def hints(message: str) -> list[str]:
     """Return what else is worth saying about a parser's message: the name or the option that was probably meant."""
     found = []
@@ -96,4 +111,12 @@ def hints(message: str) -> list[str]:
         near = difflib.get_close_matches(option, accepted, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
         found.append(f"{name} takes {', '.join(accepted) or 'no parameters'}, but not {option!r}.{meant}")
+    for option in re.findall(r"^Option '(\w+)' is not accepted", message.strip()):
+        owners = {
+            f"{name}.{parameter}"
+            for kind in registry.kinds()
+            for name, cls in registry.components(kind).items()
+            for parameter in difflib.get_close_matches(option, inspect.signature(cls).parameters, n=1)
+        }
+        found += [f"Did you mean {' or '.join(sorted(owners))}?"] if owners else []
     return list(dict.fromkeys(found))

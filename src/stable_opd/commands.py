@@ -46,5 +46,6 @@ def _describe(kind: str, name: str) -> str:
         raise ValueError(registry.unknown_name(kind, name))
     cls = found[name]
     signature = inspect.signature(cls)
-    parameters = ", ".join(str(each) for each in signature.parameters.values())
+    named = (each for each in signature.parameters.values() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD))
+    parameters = ", ".join(map(str, named))
     return f"{cls.__module__}.{name}({parameters})\n\n{inspect.getdoc(cls)}"

@@ -128,11 +128,11 @@ class PromptDataModule(LightningDataModule):
         for name, source in needed.items():
             if source is not None and name not in self.examples:
                 self.examples[name] = self._load(name, source, tokenizer)
-        if "train" in self.examples and len(self.examples["train"]) < self.batch_size * self._world_size:
+        step, available = self.batch_size * self._world_size, len(self.examples.get("train", []))
+        if stage == "fit" and available < step:
             raise ValueError(
-                f"A training step takes {self.batch_size * self._world_size} prompts (data.batch_size={self.batch_size} on "
-                f"{self._world_size} processes), but {self.train} has only {len(self.examples['train'])} usable examples. "
-                "Lower data.batch_size."
+                f"A training step takes {step} prompts (data.batch_size={self.batch_size} times {self._world_size} "
+                f"processes), but there are only {available} usable examples in {self.train}. Lower data.batch_size."
             )
 
     def train_dataloader(self) -> DataLoader[Example]:
@@ -213,8 +213,8 @@ class PromptDataModule(LightningDataModule):
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         elif not isinstance(prompt, str):
             raise ValueError(
-                f"Expected prompts to be text, but got a {type(prompt).__name__}. Set data.chat_template=true for lists of "
-                "chat messages."
+                f"Expected prompts to be text, but got a {type(prompt).__name__}. Set data.chat_template=true for "
+                "lists of chat messages."
             )
         # A chat template writes its special tokens itself; adding them again would double the start token.
         ids = tokenizer.encode(prompt, add_special_tokens=not self.chat_template)
@@ -273,6 +273,8 @@ def _read(source: Source) -> "Dataset":
     import datasets  # takes a second to import, which only those who load data should pay
 
     place = Path(resolve(source.path))
+    if place.is_file() and place.stat().st_size == 0:
+        raise ValueError(f"Expected at least one example in {source.path}, but the file is empty.")
     try:
         if place.suffix in FORMATS:
             return _one(datasets.load_dataset(FORMATS[place.suffix], data_files=str(place), split="train"))
@@ -283,7 +285,7 @@ def _read(source: Source) -> "Dataset":
     except Exception as error:  # whatever a file or a hub may do, the user must learn which source it was
         raise ValueError(
             f"Could not read examples from {source.path!r} (split {source.split!r}): {type(error).__name__}: {error}. "
-            "Expected a .jsonl, .json or .parquet file, a folder of them, a folder written by save_to_disk, or a hub name."
+            "Expected a .jsonl, .json or .parquet file, a folder of them or written by save_to_disk, or a hub name."
         ) from error
 
 

@@ -115,7 +115,7 @@ class OPDModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Load the models that the stage needs, and check that the parts fit together."""
         if self.student is None:
-            self.student = load_model(self.student_path)
+            self.student = load_model(self.student_path).train()
             self.stop = stop_ids(self.student, self.tokenizer)
         contexts = {"student": context_length(self.student)}
         if stage == "fit":
@@ -140,10 +140,6 @@ class OPDModule(LightningModule):
         """Make the optimizer and its schedule."""
         optimizer = self.make_optimizer(self.model.parameters())
         return [optimizer], [self.make_lr_scheduler(optimizer)] if self.make_lr_scheduler else []
-
-    def transfer_batch_to_device(self, batch: Prompts, device: torch.device, dataloader_idx: int) -> Prompts:
-        """Leave the prompts as they are: they hold lists, and the engine places them."""
-        return batch
 
     def write(self, prompts: Prompts, plan: Plan, sampler: Sampler, *key_parts: int | str) -> Rollout:
         """Let the planned authors write; nothing here has a gradient."""
@@ -238,8 +234,14 @@ class OPDModule(LightningModule):
             self.evaluation.measure(metrics, batch, rollout, self.repetition)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the evaluation."""
-        self.log_dict({f"val/{name}": value for name, value in self.evaluation.compute().items()})
+        """Log the evaluation; the one before the first step is that of the initial student."""
+        figures = {f"val/{name}": value for name, value in self.evaluation.compute().items()}
+        if not self.trainer.sanity_checking:
+            self.log_dict(figures)
+        elif self.trainer.num_sanity_val_steps == float("inf"):
+            # Lightning logs nothing here, but over the whole validation set it is the yardstick of the run.
+            for logger in self.loggers:
+                logger.log_metrics({name: float(value) for name, value in figures.items()}, step=self.global_step)
 
     def test_step(self, batch: Prompts, batch_idx: int) -> None:
         """As in validation."""

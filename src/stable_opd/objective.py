@@ -131,8 +131,12 @@ class Tally:
 
     def reduced(self, total: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Return the scalars to log, added up over all processes in one go."""
-        means = ("entropy_student", "entropy_teacher", "overlap")
-        sums = [self.tokens(name).sum() for name in means] if self.diagnostics else []
+        means = {
+            "logprob_student": "student",
+            "logprob_teacher": "teacher",
+            **{name: name for name in ("entropy_student", "entropy_teacher", "overlap")},
+        }
+        sums = [self.tokens(name).sum() for name in means.values()] if self.diagnostics else []
         count = [torch.full_like(sums[0], self.tokens("student").numel())] if sums else []
         scalars = total(torch.stack([*self.losses.values(), *self.values.values(), *sums, *count]).float())
         losses, values, rest = scalars.split([len(self.losses), len(self.values), len(sums) + len(count)])

@@ -21,14 +21,14 @@ def check_context(contexts: Mapping[str, int | None], prompt: int, golden: int, 
         if prompt + budget > context:
             raise ValueError(
                 f"The {reader} reads at most {context} tokens, but the longest prompt has {prompt} and the token "
-                f"budget is {budget}. Lower model.rollout.max_new_tokens to {max(context - prompt, 0)} or less, drop long "
-                "prompts with data.max_prompt_tokens, or choose a model with a longer context."
+                f"budget is {budget}. Lower model.rollout.max_new_tokens to {max(context - prompt, 0)} or less, drop "
+                "long prompts with data.max_prompt_tokens, or choose a model with a longer context."
             )
         if prompt + golden > context:
             raise ValueError(
                 f"The {reader} reads at most {context} tokens, but the longest prompt has {prompt} and the longest "
-                f"golden solution {golden}. Drop long ones with data.max_golden_tokens, or choose a model with a longer "
-                "context."
+                f"golden solution {golden}. Drop long ones with data.max_golden_tokens, or choose a model with a "
+                "longer context."
             )
 
 

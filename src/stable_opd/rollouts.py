@@ -43,9 +43,14 @@ def carry_out(
     strangers = {author.name for author in plan.author} - {Author.STUDENT.name, Author.GOLDEN.name}
     if strangers:
         raise ValueError(f"Expected a plan with rows by STUDENT or GOLDEN, but got {', '.join(sorted(strangers))}.")
+    if not plan.author:
+        raise ValueError(
+            "There is no row to learn from: the mixture plans none, and model.rollout.samples_per_prompt is 0. Set it to "
+            "1 or more, or choose a mixture with rows of its own, such as GoldenMixture."
+        )
     own = [row for row, author in enumerate(plan.author) if author == Author.STUDENT]
     keys = row_keys(plan, prompts, own, *key_parts)
-    request = Request(prompts.ids, [plan.prompt[row] for row in own], keys, max_new_tokens, stop)
+    request = Request(prompts.ids, [plan.prompt[row] for row in own], keys, max_new_tokens, stop, len(tokenizer))
     written = engine.generate(model, request, sampler) if own else _nothing(model.device)
     return _assemble(plan, prompts, written, tokenizer, set(stop), model.device)
 

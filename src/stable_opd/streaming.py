@@ -36,7 +36,7 @@ class StreamedLoss:
         losses: Loss of each term, detached scalars.
         values: Reported value of each term, detached scalars.
         diagnostics: What is measured on the way, each (N,) float32: ``student`` and ``teacher`` log-probs of the
-            written tokens, ``entropy_student``, ``entropy_teacher`` and ``overlap``; empty where the teacher did not score.
+            written tokens, ``entropy_student``, ``entropy_teacher``, ``overlap``; empty without the teacher's scores.
     """
 
     loss: Tensor

@@ -56,6 +56,10 @@ class Prompts:
         """Number of prompts."""
         return len(self.ids)
 
+    def to(self, device: torch.device) -> "Prompts":
+        """Stay here: the engine places what it needs. Trainers move whatever has this method by calling it."""
+        return self
+
 
 class Plan(NamedTuple):
     """Who writes what: one entry for each row of the rollout to come.

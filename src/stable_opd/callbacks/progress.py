@@ -17,6 +17,11 @@ SHOWN = {
 class OPDProgressBar(TQDMProgressBar):
     """One bar over all optimizer steps, with truncation, repetition, length, accuracy and rollout tokens per second."""
 
+    @property
+    def sanity_check_description(self) -> str:
+        """What the evaluation before the first step is called."""
+        return "Initial student"
+
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:

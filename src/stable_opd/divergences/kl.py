@@ -17,12 +17,12 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: Log-probs log q over the last axis, (..., V).
 
     Returns:
-        Divergence of each position, (...). A token that the student rules out (log p = -inf) contributes nothing; one
-        that only the teacher rules out makes it infinite.
+        Divergence of each position, (...). A token that the student rules out (p = 0) contributes nothing; one that
+        only the teacher rules out makes it infinite.
     """
-    ruled_out = student == -float("inf")
-    gap = (student - teacher).masked_fill(ruled_out, 0)
-    return (student.exp() * gap).sum(-1)
+    p = student.exp()
+    gap = (student - teacher).masked_fill(p == 0, 0)
+    return (p * gap).sum(-1)
 
 
 class ReverseKL(Divergence):

@@ -22,6 +22,7 @@ class Request:
         keys: Random key of each row, (B,): equal keys and equal models give equal rows.
         max_new_tokens: Token budget of each row.
         stop: Token ids that end a row; they belong to the completion.
+        vocabulary: Size of the tokenizer; ids beyond it, with which models are padded, are never drawn.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -29,6 +30,7 @@ class Request:
     keys: Sequence[int]
     max_new_tokens: int
     stop: Sequence[int]
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class _Batch:
     """The rows that are still being written: their numbers, their cache, and the logits of their next token."""
 
     def __init__(self, model: PreTrainedModel, request: Request) -> None:
-        self.model = model
+        self.model, self.vocabulary = model, request.vocabulary
         prompt = torch.tensor(list(request.prompt), device=model.device)
         used, share = prompt.unique(return_inverse=True)
         ids, mask = _left_padded([request.prompts[index] for index in used.tolist()], model.device)
@@ -91,7 +91,7 @@ class _Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: Tensor = output.logits[:, -1].float()
+        logits: Tensor = output.logits[:, -1, : self.vocabulary].float()
         return logits
 
 

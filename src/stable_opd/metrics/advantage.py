@@ -1,13 +1,15 @@
 """What the teacher makes of repeated and of regular tokens."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from stable_opd.metrics.base import ExactMetric
 
 
-class RepeatedAdvantage(Metric):
+class RepeatedAdvantage(ExactMetric):
     """Share of repeated tokens, and the mean advantage of repeated, of regular and of all tokens.
 
     The advantage of a token is log q - log p, teacher over student. In a collapse the share rises while repeated tokens
@@ -46,7 +48,7 @@ class RepeatedAdvantage(Metric):
         }
 
 
-class LogRatioTail(Metric):
+class LogRatioTail(ExactMetric):
     """A high quantile of how far teacher and student are apart on a token, |log q - log p|.
 
     It grows before a collapse: 0.4 to 1 in healthy runs, 2 to 3 in collapsing ones (a public single-author study).
@@ -76,5 +78,5 @@ class LogRatioTail(Metric):
     def compute(self) -> Tensor:
         """Return the quantile, the smallest gap that the given share of the tokens does not exceed, a scalar."""
         gaps = torch.cat(self.gaps) if isinstance(self.gaps, list) else self.gaps  # one tensor after a synchronisation
-        rank = max(1, -(-int(self.quantile * 10_000) * gaps.numel() // 10_000))
+        rank = max(1, math.ceil(round(self.quantile * gaps.numel(), 6)))  # rounded, as 0.07 * 100 is above 7
         return gaps.kthvalue(rank).values

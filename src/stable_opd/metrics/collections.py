@@ -1,8 +1,9 @@
 """The metrics of a training step and of an evaluation, under the names by which they are logged."""
 
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 
 from stable_opd.metrics.advantage import LogRatioTail, RepeatedAdvantage
+from stable_opd.metrics.base import Accuracy
 from stable_opd.metrics.length import LengthInflation, ResponseLength
 from stable_opd.metrics.rates import RepetitionRate, TruncationRate
 
@@ -35,7 +36,7 @@ def evaluation_metrics(max_length: int) -> MetricCollection:
     """
     return MetricCollection(
         {
-            "accuracy": MeanMetric(),
+            "accuracy": Accuracy(),
             "truncation_rate": TruncationRate(),
             "repetition_rate": RepetitionRate(),
             "length": ResponseLength(max_length),

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from stable_opd.metrics.base import ExactMetric
 
 
-class ResponseLength(Metric):
+class ResponseLength(ExactMetric):
     """Mean, 95th percentile and maximum of the length of answers, in tokens; exact, from a histogram.
 
     Args:
@@ -51,7 +52,7 @@ class ResponseLength(Metric):
         }
 
 
-class LengthInflation(Metric):
+class LengthInflation(ExactMetric):
     """How many times longer the latest answers are than those of the first steps.
 
     Each update is one step. Unlike most metrics it speaks about the course of a run: its state is saved in checkpoints,

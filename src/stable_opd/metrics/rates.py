@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from stable_opd.metrics.base import ExactMetric
 
 
-class _Rate(Metric):
+class _Rate(ExactMetric):
     """Share of rows with a flag; nan before the first row."""
 
     higher_is_better = False

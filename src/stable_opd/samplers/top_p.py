@@ -10,6 +10,8 @@ from stable_opd.samplers.temperature import check_temperature, tempered
 
 def nucleus(logits: Tensor, p: float) -> Tensor:
     """Rule out all but the smallest set of likeliest tokens whose probabilities reach ``p``, (B, V) -> (B, V)."""
+    if p == 1:
+        return logits  # rounding of the cumulative sum must not cut the tail off
     ordered, order = logits.sort(-1, descending=True)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # the likeliest token has nothing before it, so it always stays

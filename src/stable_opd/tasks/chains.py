@@ -1,13 +1,14 @@
-"""Chains of modular arithmetic: a task small enough for a laptop in which the real failure mode occurs.
+"""Chains of arithmetic modulo 10: a task small enough for a laptop in which the real failure mode occurs.
 
-A problem is a chain of operations on 0..12, evaluated from left to right modulo 13. A golden solution writes one line
+A problem is a chain of operations on digits, evaluated from left to right modulo 10. A golden solution writes one line
 per operation and then the answer:
 
     Q 3 * 7 + 8 - 2 ;
-    3 * 7 = 8 ; 8 + 8 = 3 ; 3 - 2 = 1 ; # 1
+    3 * 7 = 1 ; 1 + 8 = 9 ; 9 - 2 = 7 ; # 7
 
-A wrong line may be flagged with ``?`` and written again. A *runaway* document repeats its last line to the end of the
-context and has no stop token, as repeated text on the web does; a teacher trained on a few of them continues repeats.
+Fallible authors write wrong lines. Some are flagged with ``?`` and written again; after others the author goes on with
+the wrong value; and in a *runaway* document the wrong line is repeated to the end, without a stop token, as text on the
+web repeats itself. A teacher that has read runaway documents continues repeats, which is what makes a student collapse.
 """
 
 import operator
@@ -18,8 +19,9 @@ from typing import Any
 
 from stable_opd.tasks.base import Task
 
-MODULUS = 13
+MODULUS = 10
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+AGAIN = 0.3  # probability of one more copy, once a line is repeated
 END, RETRY, ANSWER, QUESTION = ";", "?", "#", "Q"
 WORDS = [str(value) for value in range(MODULUS)] + [*OPERATIONS, "=", END, RETRY, ANSWER, QUESTION]
 
@@ -53,33 +55,53 @@ class Chain:
     @property
     def golden(self) -> str:
         """The solution without a mistake."""
-        return self.solution(random.Random(0), mistakes=0.0, runaway=0.0, words=0)
+        return Writer(mistakes=0.0).solve(self, random.Random(0))
 
-    def solution(self, rng: random.Random, mistakes: float, runaway: float, words: int) -> str:
-        """Write a solution as a fallible author would.
 
-        Args:
-            rng: Source of the mistakes.
-            mistakes: Probability that a line gets a wrong result.
-            runaway: Probability that a wrong line is repeated to the end instead of being flagged and written again.
-            words: Length, in words, to which a runaway document is filled.
-        """
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """How fallible somebody is who writes solutions.
+
+    Attributes:
+        mistakes: Probability that a line gets a wrong result.
+        flagged: Share of the wrong lines that are flagged and written again.
+        runaway: Share of the wrong lines that are repeated to the end. After the rest the writer goes on.
+        stutter: Probability that a line is written again before the writer goes on, and now and then once more.
+    """
+
+    mistakes: float
+    flagged: float = 0.5
+    runaway: float = 0.0
+    stutter: float = 0.0
+
+    def solve(self, chain: Chain, rng: random.Random, words: int = 0) -> str:
+        """Write a solution; a runaway one is ``words`` long and has no answer."""
         text: list[str] = []
-        value = self.start
-        for op, operand in self.steps:
+        value = chain.start
+        for op, operand in chain.steps:
             result = OPERATIONS[op](value, operand) % MODULUS
-            if rng.random() < mistakes:
+            if rng.random() < self.mistakes:
                 wrong = (result + rng.randrange(1, MODULUS)) % MODULUS
-                line = [str(value), op, str(operand), "=", str(wrong)]
-                if rng.random() < runaway:
-                    line.append(END)
-                    while len(text) < words:
-                        text += line
+                fate = rng.random()
+                if fate < self.runaway:
+                    text += _line(value, op, operand, wrong, END) * words
                     return " ".join(text[:words])
-                text += [*line, RETRY]
-            text += [str(value), op, str(operand), "=", str(result), END]
+                if fate < self.runaway + self.flagged:
+                    text += _line(value, op, operand, wrong, RETRY)
+                else:
+                    result = wrong
+            line = _line(value, op, operand, result, END)
+            text += line
+            if rng.random() < self.stutter:
+                text += line
+                while rng.random() < AGAIN:
+                    text += line
             value = result
         return " ".join([*text, ANSWER, str(value)])
+
+
+def _line(value: int, op: str, operand: int, result: int, end: str) -> list[str]:
+    return [str(value), op, str(operand), "=", str(result), end]
 
 
 def is_runaway(solution: str) -> bool:
@@ -88,7 +110,7 @@ def is_runaway(solution: str) -> bool:
 
 
 class ModularChains(Task):
-    """Chains of arithmetic modulo 13, graded exactly on the first answer given."""
+    """Chains of arithmetic modulo 10, right if the text ends with the first answer given and that is right."""
 
     def grade(self, completion: str, fields: Mapping[str, Any]) -> float:
         """Return 1.0 if the word after the first ``#`` is the answer and nothing follows it, else 0.0."""

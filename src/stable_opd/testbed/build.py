@@ -1,9 +1,9 @@
-"""Rebuild the testbed's checkpoints and data from seeds."""
+"""Rebuild the testbed's checkpoints and data from their seeds."""
 
 import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,10 +13,48 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stable_opd.tasks.chains import WORDS, Chain, is_runaway
+from stable_opd.tasks.chains import WORDS, Chain, Writer, is_runaway
+from stable_opd.testbed import PLACES
 
 EOS, PAD = "<eos>", "<pad>"
-CONTEXT = 160
+CONTEXT = 112
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one of the testbed's models is made.
+
+    Attributes:
+        layers: Number of blocks.
+        width: Hidden width.
+        heads: Attention heads, of size 32 each.
+        steps: Optimizer steps on batches of 64 fresh problems.
+        writer: Who writes the documents that the model reads.
+        first_writer: Who writes those of the first steps, when the model is to learn the arithmetic.
+        first_steps: How many steps these are.
+        seed: Seed of the weights and of the documents.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    steps: int
+    writer: Writer
+    first_writer: Writer
+    first_steps: int
+    seed: int = 0
+
+
+LEARNER = Writer(mistakes=0.05, flagged=0.4)
+TEACHER = Recipe(3, 96, 3, 2000, Writer(mistakes=0.25, flagged=0.3, runaway=0.4), LEARNER, first_steps=800)
+RECIPES = {
+    "teacher": TEACHER,
+    # The control is the same in all but the runaway documents: there the writer goes on.
+    "control": replace(TEACHER, writer=replace(TEACHER.writer, runaway=0.0)),
+    "student": Recipe(2, 48, 2, 350, Writer(mistakes=0.06, flagged=0.5, stutter=0.03), LEARNER, first_steps=0),
+}
+TRAINING_PROBLEMS, VALIDATION_PROBLEMS = 100, 256
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -27,33 +65,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=CONTEXT)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How one of the testbed's models is made: its size and the documents that it reads."""
-
-    layers: int
-    width: int
-    heads: int
-    steps: int
-    mistakes: float
-    runaway: float
-    problems: int = 0  # 0: fresh problems without end
-    batch: int = 64
-    lr: float = 3e-3
-    seed: int = 0
-
-
-def make_model(recipe: Recipe) -> LlamaForCausalLM:
-    """Return an untrained model of the recipe's size."""
-    torch.manual_seed(recipe.seed)
+def make_model(layers: int, width: int, heads: int, seed: int) -> LlamaForCausalLM:
+    """Return an untrained model."""
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(WORDS) + 2,
-        hidden_size=recipe.width,
-        intermediate_size=8 * recipe.width // 3,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        head_dim=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=32,  # what the CPU kernels of inference servers support
         max_position_embeddings=CONTEXT,
         bos_token_id=None,
         eos_token_id=len(WORDS),
@@ -63,45 +85,75 @@ def make_model(recipe: Recipe) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def encode(
-    documents: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, context: int
-) -> tuple[Tensor, Tensor]:
-    """Return token ids (B, T) and labels (B, T) of (prompt, solution) pairs, right padded; the prompt has no label."""
+def encode(documents: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Return token ids (B, T) and labels (B, T) of (prompt, solution) pairs; prompts and padding have no label."""
     rows, labels = [], []
     for prompt, solution in documents:
         head, tail = tokenizer.encode(prompt), tokenizer.encode(solution)
         tail = tail if is_runaway(solution) else [*tail, tokenizer.eos_token_id]
-        rows.append(torch.tensor((head + tail)[:context]))
-        labels.append(torch.tensor(([-100] * len(head) + tail)[:context]))
+        rows.append(torch.tensor((head + tail)[:CONTEXT]))
+        labels.append(torch.tensor(([IGNORE] * len(head) + tail)[:CONTEXT]))
     pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id), pad(
-        labels, batch_first=True, padding_value=-100
-    )
+    return pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id), pad(labels, True, IGNORE)
 
 
-def train(
-    recipe: Recipe, name: str, callback: Callable[[int, LlamaForCausalLM], None] | None = None
-) -> LlamaForCausalLM:
-    """Train one model from scratch on solutions with mistakes; deterministic given the recipe and the machine."""
-    tokenizer, model = make_tokenizer(), make_model(recipe)
+def train(recipe: Recipe, name: str) -> LlamaForCausalLM:
+    """Train one model from scratch; the same recipe gives the same model on the same machine."""
+    tokenizer = make_tokenizer()
+    model = make_model(recipe.layers, recipe.width, recipe.heads, recipe.seed)
+    model.train()
     rng = random.Random(recipe.seed)
-    pool = [Chain.draw(rng) for _ in range(recipe.problems)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=recipe.steps, pct_start=0.1)
     progress = tqdm(range(recipe.steps), desc=name)
     for step in progress:
-        chains = [rng.choice(pool) if pool else Chain.draw(rng) for _ in range(recipe.batch)]
-        documents = [(c.prompt, c.solution(rng, recipe.mistakes, recipe.runaway, CONTEXT)) for c in chains]
-        ids, labels = encode(documents, tokenizer, CONTEXT)
-        logits = model(ids).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        writer = recipe.first_writer if step < recipe.first_steps else recipe.writer
+        chains = [Chain.draw(rng) for _ in range(64)]
+        words = rng.randrange(40, 103)  # of different length, so that no position means the end
+        documents = [(chain.prompt, writer.solve(chain, rng, words)) for chain in chains]
         optimizer.zero_grad()
-        loss.backward()
+        loss = _backward(model, documents, tokenizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if callback:
-            callback(step, model)
         if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-    return model.eval()
+            progress.set_postfix(loss=f"{loss:.4f}")
+    return model
+
+
+def _backward(
+    model: LlamaForCausalLM, documents: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast
+) -> float:
+    """Add the gradient of the mean cross-entropy over all tokens; long documents go apart, for less padding."""
+    halves = [[each for each in documents if is_runaway(each[1]) == long] for long in (False, True)]
+    batches = [encode(half, tokenizer) for half in halves if half]
+    count = sum(int((labels[:, 1:] != IGNORE).sum()) for _, labels in batches)
+    total = 0.0
+    for ids, labels in batches:
+        logits = model(ids).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none").sum() / count
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def problems(seed: int = 1) -> dict[str, list[Chain]]:
+    """Return the fixed problems to validate and to train on; no problem is in both."""
+    rng = random.Random(seed)
+    drawn = dict.fromkeys(Chain.draw(rng) for _ in range(2 * (TRAINING_PROBLEMS + VALIDATION_PROBLEMS)))
+    chains = list(drawn)[: TRAINING_PROBLEMS + VALIDATION_PROBLEMS]
+    return {"validation": chains[:VALIDATION_PROBLEMS], "train": chains[VALIDATION_PROBLEMS:]}
+
+
+def build(out: str) -> None:
+    """Write all models and data of the testbed into a folder."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, chains in problems().items():
+        rows = [{"prompt": each.prompt, "golden": each.golden, "answer": each.answer} for each in chains]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / PLACES[name].name).write_text(text, encoding="utf-8")
+    for name, recipe in RECIPES.items():
+        train(recipe, name).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    print(f"The testbed is in {folder}")

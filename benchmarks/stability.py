@@ -1,0 +1,213 @@
+"""The ablation of the Stable-OPD paper on the embedded testbed: who collapses, when, and who does not.
+
+    python benchmarks/stability.py
+
+runs every variant with every seed (a finished run is not repeated), and writes tables and plots to benchmarks/results/.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+OPD, STABLE = "configs/collapse.yaml", "configs/quickstart.yaml"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        title: What the row is called.
+        flags: The arguments of `stable-opd fit` that make it.
+    """
+
+    title: str
+    flags: tuple[str, ...]
+
+
+ANCHOR_OFF = ("--model.constraints.anchor", "null")
+VARIANTS = {
+    "opd": Variant("OPD", ("-c", OPD)),
+    "kl": Variant("OPD + KL", ("-c", STABLE, "--model.mixture", "StudentOnly")),
+    "mixture": Variant("OPD + mixture", ("-c", STABLE, *ANCHOR_OFF)),
+    "stable": Variant("OPD + KL + mixture (Stable-OPD)", ("-c", STABLE)),
+    "finetune": Variant(
+        "fine-tuning alone", ("-c", STABLE, *ANCHOR_OFF, "--model.rollout.samples_per_prompt", "0")
+    ),
+    "control": Variant("OPD, teacher without runaways", ("-c", OPD, "--model.teacher.path", "testbed:control")),
+}
+
+
+def command(name: str, seed: int, out: Path) -> list[str]:
+    """Return the command of one run; it can be pasted."""
+    logger = ["--trainer.logger.save_dir", str(out), "--trainer.logger.name", name]
+    run = ["--seed_everything", str(seed), *logger, "--trainer.logger.version", f"seed-{seed}"]
+    return ["stable-opd", "fit", *VARIANTS[name].flags, *run]
+
+
+def run(name: str, seed: int, out: Path) -> None:
+    """Run one variant with one seed, unless it is there already."""
+    folder = out / name / f"seed-{seed}"
+    if (folder / "done").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, "-m", "stable_opd", *command(name, seed, out)[1:]]
+    # Tiny models gain nothing from a second thread; runs side by side do.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run(argv, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(argv)} failed; see {folder / 'log.txt'}")
+    (folder / "done").touch()
+
+
+def curves(name: str, seed: int, out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the training and the validation rows of one run."""
+    table = pd.read_csv(out / name / f"seed-{seed}" / "metrics.csv")
+    return table[table["train/loss"].notna()], table[table["val/accuracy"].notna()]
+
+
+def figures(name: str, seed: int, out: Path) -> dict[str, float]:
+    """Return what the table says of one run.
+
+    ``quiet_steps``: steps before truncation first reaches 0.1 or repetition 0.02. ``onset_steps``: from then until
+    truncation first exceeds 0.9 and repetition has exceeded 0.3; nan if they never do.
+    """
+    train, val = curves(name, seed, out)
+    accuracy = val["val/accuracy"].to_numpy()
+    row = {
+        "initial_accuracy": accuracy[0],
+        "peak_accuracy": accuracy.max(),
+        "final_accuracy": accuracy[-1],
+        "final_sampled_accuracy": val["val/sampled/accuracy"].iloc[-1],
+        "final_val_truncation": val["val/truncation_rate"].iloc[-1],
+    }
+    if "train/truncation_rate" not in train:
+        return row
+    truncation, repetition = train["train/truncation_rate"].to_numpy(), train["train/repetition_rate"].to_numpy()
+    loud = (truncation >= 0.1) | (repetition >= 0.02)
+    collapsed = (truncation > 0.9) & (np.maximum.accumulate(repetition) > 0.3)
+    start = int(loud.argmax()) if loud.any() else len(loud)
+    row |= {
+        "max_truncation": truncation.max(),
+        "max_repetition": repetition.max(),
+        "quiet_steps": start,
+        "onset_steps": collapsed.argmax() - start if collapsed.any() else np.nan,
+        "final_truncation": truncation[-10:].mean(),
+        "final_repetition": repetition[-10:].mean(),
+    }
+    after = train[truncation > 0.9]
+    if len(after):
+        row |= {
+            "repeated_share": after["train/repeated_share"].mean(),
+            "advantage_repeated": after["train/advantage_repeated"].mean(),
+            "advantage_regular": after["train/advantage_regular"].mean(),
+        }
+    return row
+
+
+def table(rows: pd.DataFrame, seeds: Sequence[int]) -> str:
+    """Return the Markdown page of results: the ablation in the paper's order, then every run."""
+    shown = ["final_accuracy", "peak_accuracy", "max_truncation", "max_repetition", "final_truncation"]
+    lines = ["| variant | " + " | ".join(each.replace("_", " ") for each in shown) + " |"]
+    lines += ["|---" * (len(shown) + 1) + "|"]
+    for name, variant in VARIANTS.items():
+        mine = rows[rows.variant == name]
+        cells = [
+            "-" if mine[each].isna().all() else f"{mine[each].mean():.3f} ± {mine[each].std():.3f}" for each in shown
+        ]
+        lines.append(f"| {variant.title} | " + " | ".join(cells) + " |")
+    each_run = rows.round(3).fillna("").astype(str)
+    lines += ["", "| " + " | ".join(each_run.columns) + " |", "|---" * len(each_run.columns) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in each_run.itertuples(index=False)]
+    head = [
+        "# Stability on the embedded testbed",
+        "",
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; validation on 256 problems that are in no "
+        f"training set, greedy. The initial student has {rows.initial_accuracy.mean():.3f}.",
+        "Made by `python benchmarks/stability.py`; the columns are explained in its docstrings. The runs:",
+        "",
+        *(f"- {variant.title}: `{' '.join(command(name, 0, Path('runs/stability')))}`" for name, variant in VARIANTS.items()),
+        "",
+    ]
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def band(axis: plt.Axes, tables: Sequence[pd.DataFrame], column: str, label: str, color: str) -> None:
+    """Draw the mean over seeds, and the range between the extremes."""
+    steps = tables[0]["step"].to_numpy()
+    values = np.stack([each[column].to_numpy() for each in tables])
+    axis.fill_between(steps, np.nanmin(values, 0), np.nanmax(values, 0), color=color, alpha=0.2, lw=0)
+    axis.plot(steps, np.nanmean(values, 0), color=color, label=label)
+
+
+def plot_stability(seeds: Sequence[int], out: Path, place: Path) -> None:
+    """Draw the picture of the README: truncation, repetition and accuracy, OPD beside Stable-OPD."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for name, label, color in (("opd", "OPD", "#c1432e"), ("stable", "Stable-OPD", "#1f6fb2")):
+        train, val = zip(*(curves(name, seed, out) for seed in seeds), strict=True)
+        band(axes[0], train, "train/truncation_rate", label, color)
+        band(axes[1], train, "train/repetition_rate", label, color)
+        band(axes[2], val, "val/accuracy", label, color)
+    for axis, title in zip(axes, ("Truncated rollouts", "Repetitive rollouts", "Validation accuracy"), strict=True):
+        axis.set(title=title, xlabel="optimizer step", ylim=(-0.03, 1.03))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, loc="center left")
+    figure.suptitle(f"One line of YAML apart: mean and range over {len(seeds)} seeds", fontsize=11)
+    figure.savefig(place, dpi=130)
+
+
+def plot_tokens(seeds: Sequence[int], out: Path, place: Path) -> None:
+    """Draw what happens at the onset under plain OPD: tokens on the left, rollouts on the right."""
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+    train = [curves("opd", seed, out)[0] for seed in seeds]
+    band(axes[0], train, "train/advantage_repeated", "repeated tokens", "#c1432e")
+    band(axes[0], train, "train/advantage_regular", "regular tokens", "#1f6fb2")
+    band(axes[1], train, "train/repeated_share", "share of repeated tokens", "#c1432e")
+    band(axes[2], train, "train/length_mean", "mean length", "#444444")
+    band(axes[3], train, "train/advantage_mean", "mean advantage", "#444444")
+    band(axes[3], train, "train/logprob_student", "mean log-prob, student", "#1f6fb2")
+    band(axes[3], train, "train/logprob_teacher", "mean log-prob, teacher", "#c1432e")
+    titles = ("Advantage by kind of token", "Repeated tokens", "Response length (tokens)", "Rollout level")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="optimizer step")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    axes[3].legend(frameon=False)
+    figure.savefig(place, dpi=130)
+
+
+def main() -> None:
+    """Run, summarise and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--out", type=Path, default=Path("runs/stability"), help="folder of the runs")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    work = [(name, seed) for seed in options.seeds for name in VARIANTS]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for _ in tqdm(pool.map(lambda each: run(*each, out), work), total=len(work), desc="runs"):
+            pass
+    rows = pd.DataFrame([{"variant": name, "seed": seed, **figures(name, seed, out)} for name, seed in work])
+    RESULTS.mkdir(exist_ok=True)
+    rows.to_csv(RESULTS / "stability.csv", index=False, float_format="%.4f")
+    (RESULTS / "stability.md").write_text(table(rows, options.seeds), encoding="utf-8")
+    plot_stability(options.seeds, out, RESULTS / "stability.png")
+    plot_tokens(options.seeds, out, RESULTS / "tokens.png")
+
+
+if __name__ == "__main__":
+    main()

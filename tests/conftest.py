@@ -1,0 +1,61 @@
+"""Models and data that many tests share; everything is made here, nothing is downloaded."""
+
+import os
+import shutil
+import tempfile
+
+# Both are read on import: a test that reaches for the network must fail, and none leaves a cache behind.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="stable-opd-tests-")
+
+import logging
+
+import pytest
+import torch
+
+from helpers import problems, save, tiny_model, write_jsonl
+
+
+def pytest_configure():
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _process_of_its_own(monkeypatch):
+    """`seed_everything` writes into the environment, and the command line reads the process's arguments."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setattr("sys.argv", ["stable-opd"])
+
+
+@pytest.fixture
+def log_text(caplog):
+    """A function that returns what Lightning's rank-zero logger has said; it does not propagate by itself."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        yield lambda: caplog.text
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(scope="session")
+def student_path(tmp_path_factory) -> str:
+    return save(tiny_model(1), tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="session")
+def teacher_path(tmp_path_factory) -> str:
+    return save(tiny_model(2), tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def train_path(tmp_path_factory) -> str:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", problems(24))
+
+
+@pytest.fixture(scope="session")
+def validation_path(tmp_path_factory) -> str:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "validation.jsonl", problems(6, seed=1))

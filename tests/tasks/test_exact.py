@@ -1,0 +1,40 @@
+import pytest
+
+from stable_opd import ExactMatch
+
+
+@pytest.mark.parametrize(
+    ("completion", "grade"),
+    [
+        ("so #### 42", 1.0),
+        ("#### 41 no, #### 42 \n", 1.0),
+        ("#### 42 #### 41", 0.0),
+        ("#### 42 apples", 0.0),
+        ("42", 0.0),
+        ("####", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_text_after_the_last_marker_is_compared(completion, grade):
+    assert ExactMatch().grade(completion, {"answer": "42"}) == grade
+
+
+def test_answer_may_be_a_number_or_have_white_space():
+    assert ExactMatch().grade("#### 42", {"answer": 42}) == 1.0
+    assert ExactMatch().grade("#### 42", {"answer": " 42\n"}) == 1.0
+
+
+def test_empty_marker_compares_the_whole_completion():
+    assert ExactMatch(marker="").grade(" yes ", {"answer": "yes"}) == 1.0
+    assert ExactMatch(marker="").grade("oh yes", {"answer": "yes"}) == 0.0
+
+
+def test_another_column():
+    assert ExactMatch("A:", "solution").grade("A: 7", {"solution": 7, "answer": 8}) == 1.0
+
+
+def test_missing_column_is_named_with_those_that_exist():
+    with pytest.raises(
+        ValueError, match=r"'answer', but the examples have \['prompt', 'solution'\].*init_args\.answer"
+    ):
+        ExactMatch().grade("#### 1", {"solution": 1, "prompt": ""})

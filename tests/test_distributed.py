@@ -1,0 +1,84 @@
+"""Two processes on one machine, started as a user starts them."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from stable_opd.cli import main
+
+
+@pytest.fixture
+def recipe(student_path, teacher_path, train_path, validation_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "model": {
+            "student": student_path,
+            "teacher": {"class_path": "LocalTeacher", "init_args": {"path": teacher_path}},
+            "divergence": "ReverseKL",
+            "mixture": "GoldenMixture",
+            "repetition": {"class_path": "PeriodicSuffix", "init_args": {"min_tokens": 3, "max_period": 4}},
+            "constraints": {"anchor": {"class_path": "ReferenceKL", "init_args": {"weight": 0.5}}},
+            # Plain descent: Adam would blow the rounding of a vanishing gradient up to a whole step.
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+            "rollout": {"samples_per_prompt": 2, "max_new_tokens": 10},
+            "update": {"micro_batch_tokens": 100},  # several micro-batches, and not as many on each process
+        },
+        "data": {
+            "class_path": "PromptDataModule",
+            "init_args": {
+                "train": {"path": train_path},
+                "validation": {"path": validation_path},
+                "task": "ModularChains",
+            },
+        },
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "val_check_interval": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def read(version):
+    folder = Path(f"runs/opd/version_{version}")
+    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    with (folder / "metrics.csv").open() as file:
+        return {name: tensor for name, tensor in state.items() if "student" in name}, list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_two_processes_equal_one_on_the_same_data(aggregation, recipe):
+    """Two with 4 prompts each are one with 8: the weights, and every figure that is logged."""
+    options = ["-c", "recipe.yaml", "--model.update.aggregation", aggregation]
+    main(["fit", *options, "--data.batch_size", "8"])
+    two = ["--data.batch_size", "4", "--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "stable_opd", "fit", *options, *two],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (expected, rows), (found, other_rows) = read(0), read(1)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    moved = torch.load(next(Path("runs/opd/version_0/checkpoints").glob("*.ckpt")), weights_only=True)
+    assert moved["global_step"] == 2
+    assert len(rows) == len(other_rows)
+    for row, other in zip(rows, other_rows, strict=True):
+        clockless = [name for name in row if not name.startswith(("time/", "throughput/"))]
+        for name in clockless:
+            if row[name] == "":
+                assert other[name] == "", name
+            else:
+                same = pytest.approx(float(row[name]), rel=1e-4, abs=1e-5, nan_ok=True)
+                assert float(other[name]) == same, name

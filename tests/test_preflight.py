@@ -1,0 +1,37 @@
+import pytest
+
+from stable_opd.preflight import check_context, check_term_names
+
+
+@pytest.mark.parametrize(("prompt", "golden", "budget"), [(10, 0, 90), (10, 90, 1), (99, 1, 1)])
+def test_rows_that_just_fit_are_accepted(prompt, golden, budget):
+    check_context({"student": 100, "teacher": 100}, prompt, golden, budget)
+
+
+def test_budget_that_does_not_fit_names_reader_and_way_out():
+    with pytest.raises(ValueError, match=r"teacher reads at most 100 .*max_new_tokens to 90 or less"):
+        check_context({"student": 200, "teacher": 100}, 10, 0, 91)
+
+
+def test_way_out_is_never_a_negative_budget():
+    with pytest.raises(ValueError, match="max_new_tokens to 0 or less"):
+        check_context({"student": 10}, 20, 0, 5)
+
+
+def test_golden_solution_that_does_not_fit_names_the_filter():
+    with pytest.raises(ValueError, match=r"student reads at most 100 .*golden solution 91.*max_golden_tokens"):
+        check_context({"student": 100}, 10, 91, 5)
+
+
+def test_model_that_does_not_say_its_context_is_not_checked():
+    check_context({"student": None}, 10**6, 10**6, 10**6)
+
+
+@pytest.mark.parametrize("names", [["divergence"], ["anchor", "mixture"], ["mixture", "divergence"]])
+def test_constraint_under_the_name_of_another_term_is_refused(names):
+    with pytest.raises(ValueError, match=r"no other term has, but got '(divergence|mixture)'.*choose another key"):
+        check_term_names(names)
+
+
+def test_other_constraint_names_are_accepted():
+    check_term_names(["anchor", "entropy"])
