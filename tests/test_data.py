@@ -241,7 +241,7 @@ def test_missing_prompt_column_lists_those_that_exist(prepare, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.jsonl", "{not json"), ("a.parquet", "PAR"), ("a.json", "")],
+    [("a.jsonl", "{not json"), ("a.parquet", "PAR"), ("a.json", '[{"prompt": ')],
     ids=["jsonl", "parquet", "json"],
 )
 def test_unreadable_file_names_the_file_and_the_formats(name, content, prepare, tmp_path):

@@ -45,8 +45,8 @@ def carry_out(
         raise ValueError(f"Expected a plan with rows by STUDENT or GOLDEN, but got {', '.join(sorted(strangers))}.")
     if not plan.author:
         raise ValueError(
-            "There is no row to learn from: the mixture plans none, and model.rollout.samples_per_prompt is 0. Set it to "
-            "1 or more, or choose a mixture with rows of its own, such as GoldenMixture."
+            "There is no row to learn from: the mixture plans none, and model.rollout.samples_per_prompt is 0. Set it "
+            "to 1 or more, or choose a mixture with rows of its own, such as GoldenMixture."
         )
     own = [row for row, author in enumerate(plan.author) if author == Author.STUDENT]
     keys = row_keys(plan, prompts, own, *key_parts)
