@@ -1,10 +1,7 @@
 """The command line: `stable-opd fit|validate|test|predict` by LightningCLI, and commands of our own beside it."""
 
-import difflib
-import inspect
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,6 +18,7 @@ from stable_opd import registry
 from stable_opd.callbacks import AnswerWriter, OPDProgressBar
 from stable_opd.commands import COMMANDS
 from stable_opd.data import PromptDataModule
+from stable_opd.hints import hints, options
 from stable_opd.module import OPDModule
 
 #: Trainer values that suit on-policy distillation; a YAML may change them.
@@ -38,7 +36,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Explain and exit with 2."""
-        print(f"stable-opd: error: {message.strip()}", *hints(message), sep="\n\n", file=sys.stderr)
+        print(f"stable-opd: error: {message.strip()}", *hints(message, options(self)), sep="\n\n", file=sys.stderr)
         sys.exit(2)
 
 
@@ -94,29 +92,5 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     # https://github.com/Lightning-AI/pytorch-lightning: deprecated calls that lightning 2.6.6 makes itself
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
-
-
-def hints(message: str) -> list[str]:
-    """Return what else is worth saying about a parser's message: the name or the option that was probably meant."""
-    found = []
-    for match in re.finditer(r"Expected a dot import path string: (\S+)", message):
-        # The kind that the message mentions last before the name is the one that the name should be of.
-        before = message[: match.start()].lower()
-        kind = max(registry.kinds(), key=before.rfind)
-        if kind in before:
-            found.append(registry.unknown_name(kind, match.group(1)))
-    for path, option in re.findall(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
-        module, _, name = path.rpartition(".")
-        accepted = [*inspect.signature(getattr(sys.modules[module], name)).parameters]
-        near = difflib.get_close_matches(option, accepted, n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        found.append(f"{name} takes {', '.join(accepted) or 'no parameters'}, but not {option!r}.{meant}")
-    for option in re.findall(r"^Option '(\w+)' is not accepted", message.strip()):
-        owners = {
-            f"{name}.{parameter}"
-            for kind in registry.kinds()
-            for name, cls in registry.components(kind).items()
-            for parameter in difflib.get_close_matches(option, inspect.signature(cls).parameters, n=1)
-        }
-        found += [f"Did you mean {' or '.join(sorted(owners))}?"] if owners else []
-    return list(dict.fromkeys(found))
+    # Ours is: the sampler goes on where the global step says.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")

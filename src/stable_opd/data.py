@@ -172,7 +172,13 @@ class PromptDataModule(LightningDataModule):
     def _loader(self, split: str, batch_size: int, sampler: Any, drop_last: bool = False) -> DataLoader[Example]:
         examples = list(enumerate(self.examples[split]))
         collate = partial(_collate, task=self.task)
-        return DataLoader(examples, batch_size, sampler=sampler, collate_fn=collate, drop_last=drop_last)  # type: ignore[arg-type]
+        return DataLoader(
+            examples,  # type: ignore[arg-type]
+            batch_size=batch_size,  # by keyword, as trainers that rebuild the loader expect
+            sampler=sampler,
+            collate_fn=collate,
+            drop_last=drop_last,
+        )
 
     def _load(self, name: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         """Read one source and say how many examples were dropped, and why."""
@@ -268,26 +274,31 @@ def _read(source: Source) -> "Dataset":
     """Read a source as a table.
 
     Raises:
-        ValueError: If there is nothing at a local path, or if it cannot be read.
+        ValueError: If there is nothing at a local path, if it is empty, or if it cannot be read.
     """
-    import datasets  # takes a second to import, which only those who load data should pay
-
     place = Path(resolve(source.path))
-    if place.is_file() and place.stat().st_size == 0:
-        raise ValueError(f"Expected at least one example in {source.path}, but the file is empty.")
     try:
-        if place.suffix in FORMATS:
-            return _one(datasets.load_dataset(FORMATS[place.suffix], data_files=str(place), split="train"))
-        if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
-            stored = datasets.load_from_disk(str(place))
-            return _one(stored[source.split] if isinstance(stored, datasets.DatasetDict) else stored)
-        return _one(datasets.load_dataset(str(place), source.subset, split=source.split))
+        return _load_table(place, source)
     except Exception as error:  # whatever a file or a hub may do, the user must learn which source it was
+        # The libraries say of a table without rows that its schema or its first file cannot be found.
+        if _is_empty(place) or isinstance(error, IndexError) or "corresponds to no data" in str(error):
+            raise ValueError(f"Expected at least one example in {source.path}, but it is empty.") from error
         raise ValueError(
             f"Could not read examples from {source.path!r} (split {source.split!r}): {type(error).__name__}: {error}. "
             "Expected a .jsonl, .json or .parquet file, a folder of them or written by save_to_disk, or a hub name."
         ) from error
 
 
-def _one(table: Any) -> "Dataset":
-    return table
+def _load_table(place: Path, source: Source) -> Any:
+    import datasets  # takes a second to import, which only those who load data should pay
+
+    if place.suffix in FORMATS:
+        return datasets.load_dataset(FORMATS[place.suffix], data_files=str(place), split="train")
+    if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
+        stored = datasets.load_from_disk(str(place))
+        return stored[source.split] if isinstance(stored, datasets.DatasetDict) else stored
+    return datasets.load_dataset(str(place), source.subset, split=source.split)
+
+
+def _is_empty(place: Path) -> bool:
+    return place.is_file() and place.stat().st_size == 0

@@ -112,8 +112,8 @@ class Tally:
     """Sums over the micro-batches of one step, and the diagnostics of the student's tokens."""
 
     def __init__(self, names: list[str], device: torch.device) -> None:
-        self.losses = {name: torch.zeros((), device=device) for name in names}
-        self.values = {name: torch.zeros((), device=device) for name in names}
+        self.losses = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
+        self.values = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
         self.diagnostics: dict[str, list[Tensor]] = {}
 
     def add(self, piece: Piece, result: StreamedLoss) -> None:

@@ -26,4 +26,4 @@ def key(*parts: int | str) -> int:
 def uniforms(keys: Sequence[int], count: int) -> Tensor:
     """Return ``count`` uniform numbers in [0, 1) for each key, (len(keys), count) float32, on the CPU."""
     generator = torch.Generator()
-    return torch.stack([torch.rand(count, generator=generator.manual_seed(each)) for each in keys])
+    return torch.stack([torch.rand(count, generator=generator.manual_seed(each), dtype=torch.float32) for each in keys])

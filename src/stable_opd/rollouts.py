@@ -76,7 +76,7 @@ def _assemble(
         else:
             golden = prompts.golden[prompt] or []
             rows.append(torch.tensor(golden, dtype=torch.long, device=device))
-            behaviour.append(torch.zeros(len(golden), device=device))
+            behaviour.append(torch.zeros(len(golden), dtype=torch.float32, device=device))
             finish.append(int(Finish.STOP if golden and golden[-1] in stop else Finish.LENGTH))
     heads = {index: torch.tensor(prompts.ids[index], device=device) for index in set(plan.prompt)}
     return Rollout(

@@ -120,7 +120,7 @@ class _Job:
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return the loss and its gradients with respect to states, head weight and head bias."""
         for name in self.terms:
-            self.losses[name] = self.values[name] = torch.zeros((), device=states.device)
+            self.losses[name] = self.values[name] = torch.zeros((), dtype=torch.float32, device=states.device)
         slope = self._sampled_terms(HiddenStates(states, Head(weight, bias, self.softcap)))
         to_states = torch.zeros_like(states)
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if train_head else None

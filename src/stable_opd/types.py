@@ -34,11 +34,12 @@ class Finish(IntEnum):
     LOOP = 2  # stopped early because it repeated itself; counts as truncated
 
 
-@dataclass(frozen=True)
 class Prompts:
     """One batch of problems.
 
-    Attributes:
+    A plain class, because trainers take dataclasses and tuples apart, element by element, to move and to cast tensors.
+
+    Args:
         ids: Token ids of each prompt, ragged.
         golden: Token ids of each prompt's golden solution with its stop token, or None where it has none.
         index: Position of each prompt in its dataset; random choices are keyed by it.
@@ -46,11 +47,19 @@ class Prompts:
         task: Grades completions of these prompts; None if they cannot be graded.
     """
 
-    ids: Sequence[Sequence[int]]
-    golden: Sequence[Sequence[int] | None]
-    index: Sequence[int]
-    fields: Sequence[Mapping[str, Any]]
-    task: "Task | None" = None
+    def __init__(
+        self,
+        ids: Sequence[Sequence[int]],
+        golden: Sequence[Sequence[int] | None],
+        index: Sequence[int],
+        fields: Sequence[Mapping[str, Any]],
+        task: "Task | None" = None,
+    ) -> None:
+        self.ids = ids
+        self.golden = golden
+        self.index = index
+        self.fields = fields
+        self.task = task
 
     def __len__(self) -> int:
         """Number of prompts."""

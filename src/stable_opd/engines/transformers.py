@@ -27,7 +27,7 @@ class TransformersEngine(RolloutEngine):
         noise = uniforms(request.keys, request.max_new_tokens).to(device)
         stop = torch.tensor(list(request.stop), device=device)
         tokens = torch.zeros(noise.shape, dtype=torch.long, device=device)
-        logprobs = torch.zeros(noise.shape, device=device)
+        logprobs = torch.zeros(noise.shape, dtype=torch.float32, device=device)
         lengths = torch.full((len(noise),), request.max_new_tokens, device=device)
         finish = torch.full((len(noise),), int(Finish.LENGTH), device=device)
         for step in range(request.max_new_tokens):
