@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -43,9 +44,7 @@ VARIANTS = {
     "kl": Variant("OPD + KL", ("-c", STABLE, "--model.mixture", "StudentOnly")),
     "mixture": Variant("OPD + mixture", ("-c", STABLE, *ANCHOR_OFF)),
     "stable": Variant("OPD + KL + mixture (Stable-OPD)", ("-c", STABLE)),
-    "finetune": Variant(
-        "fine-tuning alone", ("-c", STABLE, *ANCHOR_OFF, "--model.rollout.samples_per_prompt", "0")
-    ),
+    "finetune": Variant("fine-tuning alone", ("-c", STABLE, *ANCHOR_OFF, "--model.rollout.samples_per_prompt", "0")),
     "control": Variant("OPD, teacher without runaways", ("-c", OPD, "--model.teacher.path", "testbed:control")),
 }
 
@@ -120,13 +119,13 @@ def figures(name: str, seed: int, out: Path) -> dict[str, float]:
 
 def table(rows: pd.DataFrame, seeds: Sequence[int]) -> str:
     """Return the Markdown page of results: the ablation in the paper's order, then every run."""
-    shown = ["final_accuracy", "peak_accuracy", "max_truncation", "max_repetition", "final_truncation"]
+    shown = ["final_accuracy", "peak_accuracy", "quiet_steps", "onset_steps", "max_truncation", "max_repetition"]
     lines = ["| variant | " + " | ".join(each.replace("_", " ") for each in shown) + " |"]
     lines += ["|---" * (len(shown) + 1) + "|"]
     for name, variant in VARIANTS.items():
         mine = rows[rows.variant == name]
         cells = [
-            "-" if mine[each].isna().all() else f"{mine[each].mean():.3f} ± {mine[each].std():.3f}" for each in shown
+            "-" if mine[each].isna().all() else f"{mine[each].mean():.3g} ± {mine[each].std():.2g}" for each in shown
         ]
         lines.append(f"| {variant.title} | " + " | ".join(cells) + " |")
     each_run = rows.round(3).fillna("").astype(str)
@@ -137,20 +136,31 @@ def table(rows: pd.DataFrame, seeds: Sequence[int]) -> str:
         "",
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; validation on 256 problems that are in no "
         f"training set, greedy. The initial student has {rows.initial_accuracy.mean():.3f}.",
-        "Made by `python benchmarks/stability.py`; the columns are explained in its docstrings. The runs:",
+        "Quiet steps: until truncation first reaches 0.1 or repetition 0.02. Onset steps: from then until truncation "
+        "exceeds 0.9 and repetition has exceeded 0.3. Maxima are over all training steps.",
         "",
-        *(f"- {variant.title}: `{' '.join(command(name, 0, Path('runs/stability')))}`" for name, variant in VARIANTS.items()),
+        f"Made by `python benchmarks/stability.py` with {versions()}. The runs:",
+        "",
+        *(
+            f"- {variant.title}: `{' '.join(command(name, 0, Path('runs/stability')))}`"
+            for name, variant in VARIANTS.items()
+        ),
         "",
     ]
     return "\n".join([*head, *lines]) + "\n"
 
 
+def versions() -> str:
+    """Return the versions that the numbers belong to."""
+    return ", ".join(f"{name} {version(name)}" for name in ("stable-opd", "torch", "lightning", "transformers"))
+
+
 def band(axis: plt.Axes, tables: Sequence[pd.DataFrame], column: str, label: str, color: str) -> None:
     """Draw the mean over seeds, and the range between the extremes."""
     steps = tables[0]["step"].to_numpy()
-    values = np.stack([each[column].to_numpy() for each in tables])
-    axis.fill_between(steps, np.nanmin(values, 0), np.nanmax(values, 0), color=color, alpha=0.2, lw=0)
-    axis.plot(steps, np.nanmean(values, 0), color=color, label=label)
+    values = np.ma.masked_invalid(np.stack([each[column].to_numpy() for each in tables]))
+    axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
+    axis.plot(steps, values.mean(0), color=color, label=label)
 
 
 def plot_stability(seeds: Sequence[int], out: Path, place: Path) -> None:
@@ -161,11 +171,14 @@ def plot_stability(seeds: Sequence[int], out: Path, place: Path) -> None:
         band(axes[0], train, "train/truncation_rate", label, color)
         band(axes[1], train, "train/repetition_rate", label, color)
         band(axes[2], val, "val/accuracy", label, color)
+    tuned = [curves("finetune", seed, out)[1] for seed in seeds]
+    band(axes[2], tuned, "val/accuracy", "fine-tuning alone", "#888888")
+    axes[2].legend(frameon=False)
     for axis, title in zip(axes, ("Truncated rollouts", "Repetitive rollouts", "Validation accuracy"), strict=True):
         axis.set(title=title, xlabel="optimizer step", ylim=(-0.03, 1.03))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="center left")
-    figure.suptitle(f"One line of YAML apart: mean and range over {len(seeds)} seeds", fontsize=11)
+    axes[0].legend(frameon=False, loc="center right")
+    figure.suptitle(f"Two terms apart: mean and range over {len(seeds)} seeds", fontsize=11)
     figure.savefig(place, dpi=130)
 
 

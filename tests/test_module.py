@@ -545,3 +545,33 @@ def test_student_padded_to_a_larger_vocabulary_writes_only_what_its_tokenizer_kn
     padded = save(tiny_model(1, vocab_size=VOCABULARY + 40), tmp_path)
     (step,) = fit(build(student=padded), data(), steps=1).steps
     assert math.isfinite(step["train/loss"])
+
+
+def test_student_that_was_saved_in_bfloat16_learns_in_float32(build, data, tmp_path):
+    """At the learning rates of distillation an update of a bfloat16 weight rounds to nothing."""
+    student = save(tiny_model(1).to(torch.bfloat16), tmp_path)
+    module = build(student=student, optimizer=partial(torch.optim.SGD, lr=1e-7))
+    fit(module, data(), steps=1)
+    assert {parameter.dtype for parameter in module.model.parameters()} == {torch.float32}
+    assert any(
+        (weight != tiny_model(1).to(torch.bfloat16).state_dict()[name].float()).any()
+        for name, weight in module.model.state_dict().items()
+    )
+
+
+def test_figures_of_past_steps_are_forgotten(build, data):
+    """But for the inflation, whose yardstick is the first steps."""
+    module = build()
+    fit(module, data(), steps=3)
+    metrics = module.train_metrics
+    assert metrics["log_ratio_p99"].gaps == []
+    assert metrics["truncation_rate"].rows == 0
+    assert metrics["length_inflation"].steps == 3
+
+
+def test_every_training_example_must_have_the_golden_solution_that_the_mixture_needs(build, data, tmp_path):
+    """Even those that would be drawn late."""
+    records = [*problems(8), {**problems(9)[8], "golden": None}]
+    path = write_jsonl(tmp_path / "t.jsonl", records)
+    with pytest.raises(ValueError, match=r"GoldenMixture needs .* but 1 of 9 training examples have none"):
+        fit(build(mixture=GoldenMixture()), data(train=path), steps=1)

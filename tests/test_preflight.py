@@ -1,6 +1,6 @@
 import pytest
 
-from stable_opd.preflight import check_context, check_term_names
+from stable_opd.preflight import check_context, check_golden, check_term_names
 
 
 @pytest.mark.parametrize(("prompt", "golden", "budget"), [(10, 0, 90), (10, 90, 1), (99, 1, 1)])
@@ -35,3 +35,15 @@ def test_constraint_under_the_name_of_another_term_is_refused(names):
 
 def test_other_constraint_names_are_accepted():
     check_term_names(["anchor", "entropy"])
+
+
+@pytest.mark.parametrize("name", ["kl.anchor", "keys", "type", "two words", ""])
+def test_constraint_that_could_not_be_held_or_logged_is_refused(name):
+    with pytest.raises(ValueError, match=r"plain words as keys of model\.constraints.*'anchor'"):
+        check_term_names(["entropy", name])
+
+
+def test_missing_golden_solutions_are_counted():
+    check_golden("GoldenMixture", 10, 10)
+    with pytest.raises(ValueError, match=r"but 3 of 10 training examples have none.*data\.columns\.golden"):
+        check_golden("GoldenMixture", 7, 10)

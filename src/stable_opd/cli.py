@@ -30,6 +30,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module spreads the prompts itself
 }
 
+DESCRIPTION = f"stable-opd {version('stable-opd')}. Other commands: {', '.join(COMMANDS)} (each with --help)."
+
 
 class Parser(LightningArgumentParser):
     """Says in a few lines what is wrong, instead of printing every option there is."""
@@ -74,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> None:
         PromptDataModule,
         subclass_mode_data=True,
         parser_class=Parser,
-        parser_kwargs={"prog": "stable-opd", "description": f"stable-opd {version('stable-opd')}"},
+        parser_kwargs={"prog": "stable-opd", "description": DESCRIPTION},
         trainer_defaults=TRAINER_DEFAULTS,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
@@ -92,5 +94,7 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     # https://github.com/Lightning-AI/pytorch-lightning: deprecated calls that lightning 2.6.6 makes itself
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
+    # The prompts are in memory already, so workers would only copy them.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
     # Ours is: the sampler goes on where the global step says.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")

@@ -46,10 +46,12 @@ class Columns:
     Args:
         prompt: The problem as text, or as a list of chat messages.
         golden: The golden solution, where there is one.
+        answer: The right answer, where there is one; the task finds it as ``answer``.
     """
 
     prompt: str = "prompt"
     golden: str = "golden"
+    answer: str = "answer"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Example:
     Attributes:
         ids: The prompt's token ids.
         golden: Token ids of the golden solution with its stop token, or None.
-        fields: All columns of the example.
+        fields: All columns of the example, and its right answer as ``answer``.
     """
 
     ids: list[int]
@@ -107,6 +109,12 @@ class PromptDataModule(LightningDataModule):
         return max((len(example.ids) for examples in self.examples.values() for example in examples), default=0)
 
     @property
+    def golden_count(self) -> tuple[int, int]:
+        """How many training examples have a golden solution, and how many there are."""
+        examples = self.examples.get("train", [])
+        return sum(example.golden is not None for example in examples), len(examples)
+
+    @property
     def longest_golden(self) -> int:
         """Tokens of the longest golden solution that was loaded, its stop token included; 0 before that."""
         return max((len(example.golden or ()) for example in self.examples.get("train", [])), default=0)
@@ -124,6 +132,8 @@ class PromptDataModule(LightningDataModule):
                 f"`{stage}` needs examples, but data.{first} is not set: name a file by data.{first}.path."
             )
         module: Any = self.trainer.lightning_module if self.trainer else None
+        if module is None:
+            raise RuntimeError("The data module tokenises for a module's student: hand both to a Trainer.")
         tokenizer: PreTrainedTokenizerBase = module.tokenizer
         for name, source in needed.items():
             if source is not None and name not in self.examples:
@@ -133,6 +143,11 @@ class PromptDataModule(LightningDataModule):
             raise ValueError(
                 f"A training step takes {step} prompts (data.batch_size={self.batch_size} times {self._world_size} "
                 f"processes), but there are only {available} usable examples in {self.train}. Lower data.batch_size."
+            )
+        if 0 < len(self.examples.get("validation", [])) < self._world_size:
+            raise ValueError(
+                f"Expected at least one validation example for each of {self._world_size} processes, but there are "
+                f"{len(self.examples['validation'])} in {self.validation}. Add some, or use fewer processes."
             )
 
     def train_dataloader(self) -> DataLoader[Example]:
@@ -224,9 +239,16 @@ class PromptDataModule(LightningDataModule):
             )
         # A chat template writes its special tokens itself; adding them again would double the start token.
         ids = tokenizer.encode(prompt, add_special_tokens=not self.chat_template)
+        if not ids:
+            raise ValueError(f"Expected every prompt to have some tokens, but got none for {prompt!r}.")
         golden = row.get(self.columns.golden)
+        if golden and tokenizer.eos_token_id is None:
+            raise ValueError(
+                "Golden solutions end with a stop token, but the student's tokenizer has no eos_token: set it."
+            )
         solution = [*tokenizer.encode(golden, add_special_tokens=False), tokenizer.eos_token_id] if golden else None
-        return Example(ids, solution, row)
+        answer = {"answer": row[self.columns.answer]} if self.columns.answer in row else {}
+        return Example(ids, solution, {**row, **answer})
 
 
 class ResumableSampler(DistributedSampler[Any]):

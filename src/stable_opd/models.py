@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from stable_opd.testbed import resolve
 
 
-def load_model(path: str) -> PreTrainedModel:
-    """Load a causal language model in the precision in which it was saved.
+def load_model(path: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a causal language model.
 
     Args:
         path: A folder, a hub name, or one of the testbed's (``testbed:student``).
+        dtype: Precision of the weights; none takes that in which they were saved.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(path), dtype="auto")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=dtype or "auto")
     output_head(model)  # a model whose head we cannot follow is refused here and not an hour later
     return model
 

@@ -15,15 +15,17 @@ from transformers import PreTrainedModel
 
 from stable_opd import objective
 from stable_opd.constraints import Constraint
+from stable_opd.data import PromptDataModule
 from stable_opd.divergences import Divergence
 from stable_opd.engines import RolloutEngine, TransformersEngine
 from stable_opd.evaluation import Evaluation, grades
+from stable_opd.metrics import LengthInflation
 from stable_opd.metrics.collections import training_metrics
 from stable_opd.mixtures import Mixture
 from stable_opd.mixtures.student import student_rows
 from stable_opd.models import context_length, frozen_copy, load_model, load_tokenizer, stop_ids
 from stable_opd.options import RolloutOptions, UpdateOptions
-from stable_opd.preflight import check_context, check_term_names
+from stable_opd.preflight import check_context, check_golden, check_term_names
 from stable_opd.randomness import global_seed
 from stable_opd.repetition import RepetitionDetector
 from stable_opd.rollouts import carry_out
@@ -115,7 +117,9 @@ class OPDModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Load the models that the stage needs, and check that the parts fit together."""
         if self.student is None:
-            self.student = load_model(self.student_path).train()
+            # In float32 whatever it was saved in: at the learning rates of distillation, an update of a bfloat16 weight
+            # rounds to nothing. A precision of "bf16-true" casts it all the same.
+            self.student = load_model(self.student_path, torch.float32).train()
             self.stop = stop_ids(self.student, self.tokenizer)
         contexts = {"student": context_length(self.student)}
         if stage == "fit":
@@ -127,11 +131,20 @@ class OPDModule(LightningModule):
             self.teacher.setup(self.student_path, self.tokenizer, self.device)
             contexts["teacher"] = self.teacher.context_length
         data = getattr(self.trainer, "datamodule", None)
-        prompt, golden = getattr(data, "longest_prompt", 0), getattr(data, "longest_golden", 0)
-        check_context(contexts, prompt, golden, self.rollout_options.max_new_tokens)
+        if isinstance(data, PromptDataModule):
+            golden = self.mixture.needs_golden and stage == "fit"
+            if golden:
+                check_golden(type(self.mixture).__name__, *data.golden_count)
+            longest = data.longest_golden if golden else 0
+            check_context(contexts, data.longest_prompt, longest, self.rollout_options.max_new_tokens)
 
     def on_fit_start(self) -> None:
         """Move what the module does not own to the device, now that it is known."""
+        if self.trainer.precision == "16-mixed":
+            raise ValueError(
+                "The precision 16-mixed scales the gradients, which would be clipped as they are scaled. Use "
+                "bf16-mixed, bf16-true or 32-true."
+            )
         self.teacher.setup(self.student_path, self.tokenizer, self.device)
         for model in self._reference:
             nn.Module.to(model, self.device, self.model.dtype)
@@ -139,7 +152,9 @@ class OPDModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make the optimizer and its schedule."""
         optimizer = self.make_optimizer(self.model.parameters())
-        return [optimizer], [self.make_lr_scheduler(optimizer)] if self.make_lr_scheduler else []
+        if self.make_lr_scheduler is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}]
 
     def write(self, prompts: Prompts, plan: Plan, sampler: Sampler, *key_parts: int | str) -> Rollout:
         """Let the planned authors write; nothing here has a gradient."""
@@ -222,6 +237,9 @@ class OPDModule(LightningModule):
                 advantage=advantage,
                 in_loop=tally.tokens("in_loop"),
             )
+            for metric in self.train_metrics.values():
+                if not isinstance(metric, LengthInflation):  # the others speak about the step alone
+                    metric.reset()
             tokens = self._total(rollout.lengths[own].sum().float())
             logged["throughput/rollout_tokens_per_s"] = tokens / seconds["rollout"]
         logged |= {f"time/{name}": value for name, value in seconds.items()}

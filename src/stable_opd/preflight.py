@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
+from torch import nn
+
 
 def check_context(contexts: Mapping[str, int | None], prompt: int, golden: int, budget: int) -> None:
     """Make sure that the longest row fits into what the models can read.
@@ -32,12 +34,38 @@ def check_context(contexts: Mapping[str, int | None], prompt: int, golden: int, 
             )
 
 
-def check_term_names(constraints: Iterable[str]) -> None:
-    """Make sure that no constraint is logged under the name of another term.
+def check_golden(mixture: str, having: int, examples: int) -> None:
+    """Make sure that every training example has a golden solution.
+
+    Args:
+        mixture: Who needs them.
+        having: Examples that have one.
+        examples: All training examples.
 
     Raises:
-        ValueError: If one is.
+        ValueError: If some have none.
     """
+    if having < examples:
+        raise ValueError(
+            f"{mixture} needs a golden solution for every prompt, but {examples - having} of {examples} training "
+            "examples have none. Name the column that holds them with data.columns.golden, drop the examples without "
+            "one, or use StudentOnly."
+        )
+
+
+def check_term_names(constraints: Iterable[str]) -> None:
+    """Make sure that the constraints can be logged under their names, and apart from the other terms.
+
+    Raises:
+        ValueError: If one cannot.
+    """
+    constraints = list(constraints)
+    odd = sorted(name for name in constraints if not name.isidentifier() or hasattr(nn.ModuleDict, name))
+    if odd:
+        raise ValueError(
+            f"Expected plain words as keys of model.constraints, but got {', '.join(map(repr, odd))}. Choose a name of "
+            "letters, digits and underscores that is no method of a dictionary, such as 'anchor'."
+        )
     taken = sorted({"divergence", "mixture"} & set(constraints))
     if taken:
         raise ValueError(

@@ -153,8 +153,10 @@ class _Job:
         if not terms:
             return torch.zeros_like(self.shares)
         leaf = self._collect(student).requires_grad_()
-        teacher = Scores(self._collect(self.teacher)) if self.teacher else NOT_SCORED
-        reference = Scores(self._collect(self.reference)) if self.reference else NOT_SCORED
+        needs_teacher = any(term.needs_teacher for term in terms.values())
+        needs_reference = any(term.needs_reference for term in terms.values())
+        teacher = Scores(self._collect(self.teacher)) if self.teacher and needs_teacher else NOT_SCORED
+        reference = Scores(self._collect(self.reference)) if self.reference and needs_reference else NOT_SCORED
         with torch.enable_grad():
             evidence = self.evidence.seen(slice(None), Scores(leaf), teacher, reference)
             total = sum((self._add(name, term(evidence), slice(None)) for name, term in terms.items()), leaf.sum() * 0)

@@ -1,7 +1,7 @@
 """What the three kinds that contribute to the loss have in common."""
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
@@ -18,6 +18,14 @@ class LossTerm(Component, nn.Module):
     support: ClassVar[Support] = "sampled"
     needs_teacher: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a support that nobody would ever serve, so that a typing error is not a term that does nothing."""
+        super().__init_subclass__(**kwargs)
+        if cls.support not in get_args(Support):
+            raise ValueError(
+                f"Expected {cls.__name__}.support to be one of {get_args(Support)}, but got {cls.support!r}."
+            )
 
     @abstractmethod
     def forward(self, evidence: Evidence) -> TokenLoss:

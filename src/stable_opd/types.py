@@ -267,7 +267,8 @@ class TokenLoss(NamedTuple):
         loss: What is minimised, (n,), differentiable, with the term's weight already applied.
         value: What is reported, (n,), without gradient and without weight. The number of a surrogate loss means
             nothing, so a sampled divergence reports the divergence here.
-        where: The positions that this term speaks about, (n,) bool.
+        where: The positions that this term speaks about, (n,) bool. The others add nothing to the mean, but are counted
+            in its denominator, which is known before the loss is.
     """
 
     loss: Tensor

@@ -29,12 +29,12 @@ def test_empty_marker_compares_the_whole_completion():
     assert ExactMatch(marker="").grade("oh yes", {"answer": "yes"}) == 0.0
 
 
-def test_another_column():
-    assert ExactMatch("A:", "solution").grade("A: 7", {"solution": 7, "answer": 8}) == 1.0
+def test_another_marker():
+    assert ExactMatch("A:").grade("#### 8 A: 7", {"answer": 7}) == 1.0
 
 
 def test_missing_column_is_named_with_those_that_exist():
     with pytest.raises(
-        ValueError, match=r"'answer', but the examples have \['prompt', 'solution'\].*init_args\.answer"
+        ValueError, match=r"right answer, but .* only the columns \['prompt', 'solution'\].*data\.columns\.answer"
     ):
         ExactMatch().grade("#### 1", {"solution": 1, "prompt": ""})

@@ -39,6 +39,6 @@ class OPDProgressBar(TQDMProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Show the step that has just been taken."""
         bar = self.train_progress_bar
-        if trainer.global_step % self.refresh_rate == 0 or trainer.global_step == bar.total:
+        if self.is_enabled and (trainer.global_step % self.refresh_rate == 0 or trainer.global_step == bar.total):
             bar.n = trainer.global_step
             bar.set_postfix(self.get_metrics(trainer, pl_module))

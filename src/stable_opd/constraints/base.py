@@ -31,5 +31,6 @@ class Constraint(LossTerm):
         """Learn of the term's mean value in the batch just trained on, once per optimizer step; does nothing here.
 
         Args:
-            value: Mean over the global batch, a scalar, the same on every process.
+            value: Mean over the student's tokens in the global batch (0 where the term does not speak), a scalar, the
+                same on every process.
         """

@@ -1,5 +1,7 @@
 """The student's rollouts together with golden solutions."""
 
+from typing import ClassVar
+
 from stable_opd.mixtures.base import Mixture
 from stable_opd.mixtures.student import student_rows
 from stable_opd.schedules import Schedule, scheduled
@@ -21,6 +23,8 @@ class GoldenMixture(Mixture):
         weight: The factor lambda_gold.
         schedule: Changes the weight in the course of the training; none keeps it constant.
     """
+
+    needs_golden: ClassVar[bool] = True
 
     def __init__(self, weight: float = 1.0, schedule: Schedule | None = None) -> None:
         super().__init__()

@@ -46,6 +46,6 @@ class ZlibRepetition(RepetitionDetector):
         flags = [is_compressible(text, self.window, self.threshold) for text in rollout.texts]
         device = rollout.lengths.device
         shares = [self.window / len(text) if flag else 0.0 for text, flag in zip(rollout.texts, flags, strict=True)]
-        marked = (rollout.lengths * torch.tensor(shares, device=device)).ceil().long()
+        marked = (rollout.lengths * torch.tensor(shares, dtype=torch.float64, device=device)).ceil().long()
         in_loop = rollout.position >= (rollout.lengths - marked)[rollout.row]
         return Repetition(in_loop, torch.tensor(flags, dtype=torch.bool, device=device))

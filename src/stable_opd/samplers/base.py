@@ -2,13 +2,16 @@
 
 A complete plug-in:
 
+    import torch
+    from torch import Tensor
+
     from stable_opd import Sampler
 
     class NoQuestionMarks(Sampler):
         \"\"\"Never draw token 17.\"\"\"
 
         def forward(self, logits: Tensor, prefix: Tensor) -> Tensor:
-            return logits.index_fill(-1, torch.tensor([17]), -float("inf"))
+            return logits.index_fill(-1, torch.tensor([17], device=logits.device), -float("inf"))
 """
 
 from abc import abstractmethod

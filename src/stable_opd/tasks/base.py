@@ -18,5 +18,19 @@ class Task(Component):
 
         Args:
             completion: The answer as text, without special tokens.
-            fields: All columns of the example.
+            fields: All columns of the example, and its right answer as ``answer``.
         """
+
+
+def right_answer(fields: Mapping[str, Any]) -> str:
+    """Return the right answer of an example.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if "answer" not in fields:
+        raise ValueError(
+            f"Grading needs the right answer, but the examples have only the columns {sorted(fields)}. Name the column "
+            "that holds it with data.columns.answer, or leave data.task out to measure everything but accuracy."
+        )
+    return str(fields["answer"])

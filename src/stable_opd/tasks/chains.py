@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stable_opd.tasks.base import Task
+from stable_opd.tasks.base import Task, right_answer
 
 MODULUS = 10
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -115,4 +115,4 @@ class ModularChains(Task):
     def grade(self, completion: str, fields: Mapping[str, Any]) -> float:
         """Return 1.0 if the word after the first ``#`` is the answer and nothing follows it, else 0.0."""
         words = completion.split()
-        return float(ANSWER in words and words[words.index(ANSWER) + 1 :] == [str(fields["answer"])])
+        return float(ANSWER in words and words[words.index(ANSWER) + 1 :] == [right_answer(fields)])

@@ -1,0 +1,77 @@
+"""What the README says is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from stable_opd import Evidence, Scores
+from stable_opd.cli import main
+from stable_opd.registry import components, summary
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIVE_KINDS = ("divergence", "constraint", "mixture", "sampler", "repetition")
+
+
+@pytest.mark.parametrize("kind", FIVE_KINDS)
+def test_table_of_components_is_current(kind):
+    ours = {name: cls for name, cls in components(kind).items() if cls.__module__.startswith("stable_opd.")}
+    expected = {f"| {kind} | `{name}` | {summary(cls)} |" for name, cls in ours.items()}
+    assert set(re.findall(rf"^\| {kind} \|.*$", README, re.MULTILINE)) == expected
+
+
+def test_local_links_and_pictures_exist():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+
+
+def test_recipes_differ_in_mixture_and_constraints_only():
+    stable, collapse = (
+        yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in ("quickstart", "collapse")
+    )
+    assert stable["model"].pop("mixture") != collapse["model"].pop("mixture")
+    assert stable["model"].pop("constraints")
+    assert "constraints" not in collapse["model"]
+    for recipe in (stable, collapse):
+        recipe["trainer"]["logger"]["init_args"].pop("name")  # the run folders
+    assert stable == collapse
+
+
+def block(language):
+    (found,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return found
+
+
+def test_recipe_is_understood(tmp_path, capsys):
+    path = tmp_path / "my_recipe.yaml"
+    path.write_text(block("yaml"))
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "-c", str(path), "--print_config"])
+    assert done.value.code == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["model"]["mixture"]["init_args"]["schedule"]["init_args"] == {"start": 1.0, "end": 0.1}
+    assert resolved["data"]["init_args"]["columns"] == {"prompt": "problem", "golden": "solution", "answer": "answer"}
+
+
+def test_component_of_ones_own_is_the_divergence_it_claims_to_be():
+    namespace = {}
+    exec(block("python"), namespace)  # the README is ours
+    divergence = namespace["ForwardKL"]()
+    p, q = torch.tensor([[0.2, 0.8]]), torch.tensor([[0.5, 0.5]])
+    facts = Evidence(
+        tokens=torch.zeros(1, dtype=torch.long),
+        row=torch.zeros(1, dtype=torch.long),
+        position=torch.zeros(1, dtype=torch.long),
+        in_loop=torch.zeros(1, dtype=torch.bool),
+        author=torch.zeros(1, dtype=torch.long),
+        behaviour_logprobs=torch.zeros(1),
+        progress=0.0,
+        student=Scores(p[:, 0].log(), p.log()),
+        teacher=Scores(q[:, 0].log(), q.log()),
+    )
+    expected = torch.distributions.kl_divergence(torch.distributions.Categorical(q), torch.distributions.Categorical(p))
+    torch.testing.assert_close(divergence(facts).loss, expected)

@@ -1,0 +1,15 @@
+"""What is checked when a term is defined."""
+
+import pytest
+
+from stable_opd.divergences import Divergence
+
+
+def test_unknown_support_is_refused_where_it_is_written():
+    with pytest.raises(ValueError, match=r"Typo\.support to be one of \('sampled', 'full'\), but got 'topk'"):
+
+        class Typo(Divergence):
+            support = "topk"
+
+            def forward(self, evidence):
+                raise AssertionError("never called")
