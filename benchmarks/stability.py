@@ -128,7 +128,7 @@ def table(rows: pd.DataFrame, seeds: Sequence[int]) -> str:
             "-" if mine[each].isna().all() else f"{mine[each].mean():.3g} ± {mine[each].std():.2g}" for each in shown
         ]
         lines.append(f"| {variant.title} | " + " | ".join(cells) + " |")
-    each_run = rows.round(3).fillna("").astype(str)
+    each_run = rows.round(3).astype(object).where(rows.notna(), "").astype(str)
     lines += ["", "| " + " | ".join(each_run.columns) + " |", "|---" * len(each_run.columns) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in each_run.itertuples(index=False)]
     head = [
