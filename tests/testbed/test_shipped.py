@@ -1,15 +1,18 @@
 """The files that come with the package."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stable_opd.cli import main
 from stable_opd.engines import Request, TransformersEngine
 from stable_opd.models import load_model, load_tokenizer, stop_ids
 from stable_opd.samplers import Temperature
 from stable_opd.tasks import ModularChains
-from stable_opd.testbed import PLACES, ROOT, resolve
+from stable_opd.testbed import PLACES, ROOT, build, resolve
 from stable_opd.testbed.build import problems
 from stable_opd.types import Finish
 
@@ -82,3 +85,17 @@ def test_unknown_name_lists_what_there_is():
 def test_other_paths_are_left_alone():
     assert resolve("some/folder") == "some/folder"
     assert Path(resolve("testbed:teacher")).is_dir()
+
+
+def test_rebuild_writes_everything_that_is_named(tmp_path, monkeypatch, capsys):
+    """With two steps for each model; the shipped ones take minutes."""
+    short = {name: replace(recipe, steps=2, first_steps=1) for name, recipe in build.RECIPES.items()}
+    monkeypatch.setattr(build, "RECIPES", short)
+    main(["testbed", "--out", str(tmp_path)])
+    for name in short:
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / name).config.vocab_size == len(
+            AutoTokenizer.from_pretrained(tmp_path / name)
+        )
+    for name in ("train", "validation"):
+        assert (tmp_path / PLACES[name].name).read_text() == PLACES[name].read_text()
+    assert str(tmp_path) in capsys.readouterr().out
