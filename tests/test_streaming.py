@@ -10,7 +10,8 @@ from helpers import make_evidence
 from stable_opd import Author, Divergence, Mixture, TokenLoss, build, components, streaming
 from stable_opd.models import Head
 from stable_opd.scoring import HiddenStates
-from stable_opd.streaming import entropy, overlap, streamed_loss
+from stable_opd.diagnostics import entropy, overlap
+from stable_opd.streaming import Part, StreamedLoss, streamed_loss
 from stable_opd.types import Scores
 
 N, WIDTH, VOCABULARY = 23, 12, 29
@@ -23,6 +24,10 @@ def draw_states(seed, width=WIDTH, bias=False, softcap=None, scale=1.0):
     weight = scale * torch.randn(VOCABULARY, width, generator=generator) / 2
     offset = torch.randn(VOCABULARY, generator=generator) if bias else None
     return HiddenStates(states, Head(weight, offset, softcap))
+
+
+def stream(terms, evidence, shares, student, teacher=None, reference=None) -> StreamedLoss:
+    return streamed_loss(student, [Part(terms, evidence, shares, teacher, reference, diagnose=teacher is not None)])
 
 
 def draw_evidence(author=Author.STUDENT):
@@ -67,7 +72,7 @@ def compare(terms, evidence, shares, student, train_head=True):
     teacher, reference = draw_states(1, width=9), draw_states(2)
     ours, our_leaves = leaves_of(student, train_head)
     plain, plain_leaves = leaves_of(student, train_head)
-    result = streamed_loss(terms, evidence, shares, ours, teacher, reference)
+    result = stream(terms, evidence, shares, ours, teacher, reference)
     expected, losses, values = materialised(terms, evidence, shares, plain, teacher, reference)
     # A factor, because a strategy or a scaler may scale the loss before it goes backward.
     (3.0 * result.loss).backward()
@@ -85,7 +90,7 @@ def compare(terms, evidence, shares, student, train_head=True):
 
 @pytest.fixture(params=[1, 5, 10_000], ids=["tiles of 1", "tiles of 5", "one tile"])
 def tile(request, monkeypatch):
-    monkeypatch.setattr(streaming, "TILE_BYTES", 4 * VOCABULARY * request.param)
+    monkeypatch.setattr(streaming, "tile_size", lambda *_: request.param)
     return request.param
 
 
@@ -127,9 +132,9 @@ def recorder(wanted):
 
 def test_full_terms_see_every_position_once_in_tiles(monkeypatch):
     """This is what keeps tensors of (N, V) away."""
-    monkeypatch.setattr(streaming, "TILE_BYTES", 4 * VOCABULARY * 5)
+    monkeypatch.setattr(streaming, "tile_size", lambda *_: 5)
     term, (evidence, shares) = recorder("full"), draw_evidence()
-    streamed_loss({"term": term}, evidence, shares, draw_states(0), draw_states(1))
+    stream({"term": term}, evidence, shares, draw_states(0), draw_states(1))
     assert [len(seen.tokens) for seen in term.seen] == [5, 5, 5, 5, 3]
     assert torch.cat([seen.tokens for seen in term.seen]).tolist() == evidence.tokens.tolist()
     assert torch.cat([seen.row for seen in term.seen]).tolist() == evidence.row.tolist()
@@ -137,9 +142,9 @@ def test_full_terms_see_every_position_once_in_tiles(monkeypatch):
 
 
 def test_sampled_terms_see_whole_rows_at_once_and_no_vocabulary(monkeypatch):
-    monkeypatch.setattr(streaming, "TILE_BYTES", 4 * VOCABULARY * 5)
+    monkeypatch.setattr(streaming, "tile_size", lambda *_: 5)
     term, (evidence, shares) = recorder("sampled"), draw_evidence()
-    streamed_loss({"term": term}, evidence, shares, draw_states(0), draw_states(1))
+    stream({"term": term}, evidence, shares, draw_states(0), draw_states(1))
     (seen,) = term.seen
     assert seen.row.tolist() == evidence.row.tolist()
     for model in (seen.student, seen.teacher):
@@ -192,7 +197,7 @@ def test_term_that_speaks_about_nothing_still_gives_a_loss_with_a_graph():
     """Every process must be able to go backward, also one whose rows are all somebody else's."""
     evidence, shares = draw_evidence(Author.GOLDEN)
     student, leaves = leaves_of(draw_states(0), train_head=True)
-    loss = streamed_loss({"term": build("divergence", "ReverseKL")}, evidence, shares, student, draw_states(1)).loss
+    loss = stream({"term": build("divergence", "ReverseKL")}, evidence, shares, student, draw_states(1)).loss
     loss.backward()
     assert loss.item() == 0
     assert all(leaf.grad is not None and leaf.grad.abs().max() == 0 for leaf in leaves)
@@ -205,14 +210,14 @@ def test_models_that_only_serve_get_no_gradient():
     student, _ = leaves_of(draw_states(0), train_head=True)
     terms = {"d": build("divergence", "ReverseKL"), "s": build("divergence", "SampledReverseKL")}
     terms |= {"c": build("constraint", "ReferenceKL")}
-    streamed_loss(terms, evidence, shares, student, teacher, reference).loss.backward()
+    stream(terms, evidence, shares, student, teacher, reference).loss.backward()
     assert all(leaf.grad is None for leaf in teacher_leaves + reference_leaves)
 
 
 def test_missing_teacher_is_an_error_and_not_a_zero():
     evidence, shares = draw_evidence()
     with pytest.raises(ValueError, match="needs_teacher"):
-        streamed_loss({"term": build("divergence", "SampledReverseKL")}, evidence, shares, draw_states(0))
+        stream({"term": build("divergence", "SampledReverseKL")}, evidence, shares, draw_states(0))
 
 
 @pytest.mark.parametrize("scale", [100.0, 1e4])
@@ -220,7 +225,7 @@ def test_huge_logits_give_finite_gradients(scale, tile):
     evidence, shares = draw_evidence()
     student, leaves = leaves_of(draw_states(0, scale=scale), train_head=True)
     terms = {name: build(kind, name) for kind, name in TERMS}
-    streamed_loss(terms, evidence, shares, student, draw_states(1), draw_states(2)).loss.backward()
+    stream(terms, evidence, shares, student, draw_states(1), draw_states(2)).loss.backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
 
 
@@ -232,8 +237,8 @@ def test_bfloat16_is_near_float32(tile):
     low = HiddenStates(exact.states.bfloat16(), Head(exact.head.weight.bfloat16()))
     student, leaves = leaves_of(low, train_head=True)
     plain, plain_leaves = leaves_of(exact, train_head=True)
-    result = streamed_loss(terms, evidence, shares, student, draw_states(1))
-    expected = streamed_loss(terms, evidence, shares, plain, draw_states(1))
+    result = stream(terms, evidence, shares, student, draw_states(1))
+    expected = stream(terms, evidence, shares, plain, draw_states(1))
     result.loss.backward()
     expected.loss.backward()
     assert result.loss.dtype == torch.float32
@@ -249,10 +254,10 @@ def test_head_gradient_is_added_up_in_float32(monkeypatch):
     low = HiddenStates(draw_states(0).states.bfloat16(), Head(draw_states(0).head.weight.bfloat16()))
     gradients = []
     for positions in (N, 1):
-        monkeypatch.setattr(streaming, "TILE_BYTES", 4 * VOCABULARY * positions)
+        monkeypatch.setattr(streaming, "tile_size", lambda *_: positions)
         student, leaves = leaves_of(low, train_head=True)
         terms = {"kl": build("divergence", "ReverseKL")}
-        streamed_loss(terms, evidence, shares, student, draw_states(1)).loss.backward()
+        stream(terms, evidence, shares, student, draw_states(1)).loss.backward()
         gradients.append(leaves[1].grad.float())
     assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[0].norm()
 
@@ -260,7 +265,7 @@ def test_head_gradient_is_added_up_in_float32(monkeypatch):
 def test_diagnostics_are_those_of_the_whole_vocabulary(tile):
     evidence, shares = draw_evidence()
     student, teacher = draw_states(0), draw_states(1)
-    found = streamed_loss({"kl": build("divergence", "ReverseKL")}, evidence, shares, student, teacher).diagnostics
+    found = stream({"kl": build("divergence", "ReverseKL")}, evidence, shares, student, teacher).diagnostics
     ours, theirs = (Categorical(logits=model.states @ model.head.weight.T) for model in (student, teacher))
     torch.testing.assert_close(found["student"], ours.log_prob(evidence.tokens))
     torch.testing.assert_close(found["teacher"], theirs.log_prob(evidence.tokens))
@@ -273,7 +278,7 @@ def test_diagnostics_are_those_of_the_whole_vocabulary(tile):
 
 def test_without_a_teacher_there_are_no_diagnostics():
     evidence, shares = draw_evidence(Author.GOLDEN)
-    assert streamed_loss({"m": build("mixture", "GoldenMixture")}, evidence, shares, draw_states(0)).diagnostics == {}
+    assert stream({"m": build("mixture", "GoldenMixture")}, evidence, shares, draw_states(0)).diagnostics._parts == {}
 
 
 def test_entropy_of_a_distribution_with_impossible_tokens():

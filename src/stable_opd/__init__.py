@@ -3,7 +3,7 @@
 from stable_opd.constraints import Constraint, ReferenceKL
 from stable_opd.data import PromptDataModule
 from stable_opd.divergences import AdvantageDivergence, Divergence, ReverseKL, SampledReverseKL
-from stable_opd.engines import RolloutEngine, TransformersEngine
+from stable_opd.engines import InProcessEngine, LoopStop, RolloutEngine, TransformersEngine
 from stable_opd.mixtures import GoldenMixture, Mixture, StudentOnly
 from stable_opd.module import OPDModule
 from stable_opd.registry import Component, build, components
@@ -25,8 +25,10 @@ __all__ = [
     "ExactMatch",
     "Finish",
     "GoldenMixture",
+    "InProcessEngine",
     "Linear",
     "LocalTeacher",
+    "LoopStop",
     "Mixture",
     "ModularChains",
     "OPDModule",

@@ -17,7 +17,7 @@ from stable_opd import objective
 from stable_opd.constraints import Constraint
 from stable_opd.data import PromptDataModule
 from stable_opd.divergences import Divergence
-from stable_opd.engines import RolloutEngine, TransformersEngine
+from stable_opd.engines import InProcessEngine, RolloutEngine
 from stable_opd.evaluation import Evaluation, grades
 from stable_opd.metrics import LengthInflation
 from stable_opd.metrics.collections import training_metrics
@@ -25,6 +25,7 @@ from stable_opd.mixtures import Mixture
 from stable_opd.mixtures.student import student_rows
 from stable_opd.models import context_length, frozen_copy, load_model, load_tokenizer, stop_ids
 from stable_opd.options import RolloutOptions, UpdateOptions
+from stable_opd.packing import packs
 from stable_opd.preflight import check_context, check_golden, check_term_names
 from stable_opd.randomness import global_seed
 from stable_opd.repetition import RepetitionDetector
@@ -81,7 +82,7 @@ class OPDModule(LightningModule):
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.rollout_options, self.update_options = rollout, update
         # What serves and does not learn stays out of the module's parameters and checkpoints.
-        self.teacher, self.engine = teacher, engine or TransformersEngine()
+        self.teacher, self.engine = teacher, engine or InProcessEngine()
         self._reference: list[PreTrainedModel] = []
         self.train_metrics = training_metrics(rollout.max_new_tokens)
         self.evaluation = Evaluation(rollout.max_new_tokens, rollout.eval_temperature)
@@ -190,6 +191,7 @@ class OPDModule(LightningModule):
                 options.micro_batch_tokens,
                 self.progress,
                 self._total,
+                padded=not packs(self.model),
             )
         )
         tally = objective.Tally([*self.own_terms, *self.other_terms], self.device)

@@ -2,29 +2,30 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stable_opd.diagnostics import Diagnostics
 from stable_opd.models import output_head
 from stable_opd.reduce import Aggregation, token_shares
 from stable_opd.scoring import HiddenStates, body, micro_batches
-from stable_opd.streaming import StreamedLoss, streamed_loss
+from stable_opd.streaming import Part, StreamedLoss, streamed_loss
 from stable_opd.teachers.base import Teacher
 from stable_opd.terms import LossTerm
 from stable_opd.types import Author, Evidence, Repetition, Rollout
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One micro-batch: some rows by one kind of author, and the terms that speak about them.
+class Group:
+    """The rows of a micro-batch that one set of terms speaks about.
 
     Attributes:
         rollout: The rows.
         evidence: The facts about their positions, without scores.
-        shares: Share of each position in the mean over the global batch, (N,).
+        shares: Share of each position in the mean over the global batch, (n,).
         terms: The components to call.
         on_policy: Whether the student wrote the rows.
     """
@@ -36,6 +37,19 @@ class Piece:
     on_policy: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One micro-batch: rows that go through the student together.
+
+    Attributes:
+        rollout: All rows, those of the groups one after the other.
+        groups: The student's rows and the others, as far as there are any.
+    """
+
+    rollout: Rollout
+    groups: list[Group]
+
+
 def pieces(
     rollout: Rollout,
     repetition: Repetition,
@@ -45,6 +59,7 @@ def pieces(
     max_tokens: int,
     progress: float,
     total: Callable[[Tensor], Tensor],
+    padded: bool = False,
 ) -> Iterator[Piece]:
     """Cut a rollout into micro-batches.
 
@@ -57,27 +72,37 @@ def pieces(
         own_terms: Components that speak about the rows that the student wrote.
         other_terms: Components that speak about the other rows.
         aggregation: Which mean.
-        max_tokens: Budget of a micro-batch, padding included.
+        max_tokens: Tokens of a micro-batch.
         progress: Share of the training that is over.
         total: Adds up a count over all processes.
+        padded: Whether the student's rows will be padded; then padding counts as tokens.
     """
+    own = rollout.author == Author.STUDENT
+    populations = [
+        (own, own_terms, token_shares(rollout.lengths * own, aggregation, total), True),
+        (~own, other_terms, token_shares(rollout.lengths * ~own, aggregation, total), False),
+    ]
     starts = rollout.lengths.cumsum(0) - rollout.lengths
-    for on_policy, terms in ((True, own_terms), (False, other_terms)):
-        belongs = (rollout.author == Author.STUDENT) == on_policy
-        shares = token_shares(rollout.lengths * belongs, aggregation, total)
-        rows_with_tokens = (belongs & (rollout.lengths > 0)).nonzero().squeeze(1)
-        for rows in micro_batches(rollout, rows_with_tokens, max_tokens):
-            part = rollout.select(rows)
+    with_tokens = (rollout.lengths > 0).nonzero().squeeze(1)
+    for rows in micro_batches(rollout, with_tokens, max_tokens, padded):
+        ordered, groups = [], []
+        for belongs, terms, shares, on_policy in populations:
+            some = rows[belongs[rows]]
+            if len(some) == 0:
+                continue
+            part = rollout.select(some)
             evidence = Evidence(
                 tokens=part.completion,
                 row=part.row,
                 position=part.position,
-                in_loop=repetition.in_loop[starts[rows][part.row] + part.position],
+                in_loop=repetition.in_loop[starts[some][part.row] + part.position],
                 author=part.author[part.row],
                 behaviour_logprobs=part.behaviour_logprobs,
                 progress=progress,
             )
-            yield Piece(part, evidence, shares[rows][part.row], terms, on_policy)
+            ordered.append(some)
+            groups.append(Group(part, evidence, shares[some][part.row], terms, on_policy))
+        yield Piece(groups[0].rollout if len(groups) == 1 else rollout.select(torch.cat(ordered)), groups)
 
 
 def evaluate(
@@ -92,55 +117,59 @@ def evaluate(
         reference: The initial student; scores the rows if a term needs it.
         vocabulary: Size of the shared vocabulary.
     """
-    needs_teacher = any(term.needs_teacher for term in piece.terms.values())
-    needs_reference = any(term.needs_reference for term in piece.terms.values())
-    reading = None
-    if needs_reference and reference is not None:
-        with torch.no_grad():
-            reading = HiddenStates(body(reference, piece.rollout), output_head(reference, vocabulary))
-    return streamed_loss(
-        piece.terms,
-        piece.evidence,
-        piece.shares,
-        HiddenStates(body(student, piece.rollout), output_head(student, vocabulary)),
-        teacher.score(piece.rollout) if needs_teacher else None,
-        reading,
-    )
+    parts = []
+    for group in piece.groups:
+        needs_teacher = any(term.needs_teacher for term in group.terms.values())
+        needs_reference = any(term.needs_reference for term in group.terms.values())
+        theirs = teacher.score(group.rollout) if needs_teacher else None
+        initial = None
+        if needs_reference and reference is not None:
+            with torch.no_grad():
+                initial = HiddenStates(body(reference, group.rollout), output_head(reference, vocabulary))
+        diagnose = group.on_policy and needs_teacher
+        parts.append(Part(group.terms, group.evidence, group.shares, theirs, initial, diagnose))
+    return streamed_loss(HiddenStates(body(student, piece.rollout), output_head(student, vocabulary)), parts)
 
 
 class Tally:
     """Sums over the micro-batches of one step, and the diagnostics of the student's tokens."""
 
+    #: Means over the student's tokens that are logged, and what they are means of.
+    MEANS: ClassVar = {
+        "logprob_student": "student",
+        "logprob_teacher": "teacher",
+        "entropy_student": "entropy_student",
+        "entropy_teacher": "entropy_teacher",
+        "overlap": "overlap",
+    }
+
     def __init__(self, names: list[str], device: torch.device) -> None:
         self.losses = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
         self.values = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
-        self.diagnostics: dict[str, list[Tensor]] = {}
+        self.diagnostics = Diagnostics()
 
     def add(self, piece: Piece, result: StreamedLoss) -> None:
         """Add one micro-batch."""
         for name in result.losses:
             self.losses[name] = self.losses[name] + result.losses[name]
             self.values[name] = self.values[name] + result.values[name]
-        if piece.on_policy and result.diagnostics:
-            for name, values in {**result.diagnostics, "in_loop": piece.evidence.in_loop}.items():
-                self.diagnostics.setdefault(name, []).append(values)
+        self.diagnostics.extend(result.diagnostics)
+        for group in piece.groups:
+            if group.on_policy:
+                self.diagnostics.put("in_loop", group.evidence.in_loop)
 
     def tokens(self, name: str) -> Tensor:
         """Return a diagnostic of all the student's tokens, (N,)."""
-        return torch.cat(self.diagnostics[name])
+        return self.diagnostics[name]
 
     def reduced(self, total: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Return the scalars to log, added up over all processes in one go."""
-        means = {
-            "logprob_student": "student",
-            "logprob_teacher": "teacher",
-            **{name: name for name in ("entropy_student", "entropy_teacher", "overlap")},
-        }
-        sums = [self.tokens(name).sum() for name in means.values()] if self.diagnostics else []
-        count = [torch.full_like(sums[0], self.tokens("student").numel())] if sums else []
-        scalars = total(torch.stack([*self.losses.values(), *self.values.values(), *sums, *count]).float())
-        losses, values, rest = scalars.split([len(self.losses), len(self.values), len(sums) + len(count)])
+        found = [self.tokens(name) for name in self.MEANS.values()] if "student" in self.diagnostics else []
+        sums = [each.sum() for each in found]
+        counts = [torch.full_like(each, len(tokens)) for each, tokens in zip(sums, found, strict=True)]
+        scalars = total(torch.stack([*self.losses.values(), *self.values.values(), *sums, *counts]).float())
+        losses, values, sums_, counts_ = scalars.split([len(self.losses), len(self.values), len(sums), len(counts)])
         logged = {f"loss/{name}": loss for name, loss in zip(self.losses, losses, strict=True)}
         logged |= {f"value/{name}": value for name, value in zip(self.values, values, strict=True)}
-        logged |= {name: rest[place] / rest[-1] for place, name in enumerate(means) if sums}
+        logged |= {name: mean for name, mean in zip(self.MEANS, sums_ / counts_.clamp(min=1), strict=False)}
         return {"loss": losses.sum(), **logged}

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stable_opd.models import Head
+from stable_opd.packing import packs
 from stable_opd.types import Rollout
 
 
@@ -22,31 +23,30 @@ class HiddenStates:
     states: Tensor
     head: Head
 
-    def logprobs(self, tile: slice) -> Tensor:
-        """Return the log-probs of a tile of positions, (n, V) float32."""
-        return torch.log_softmax(self.head.logits(self.states[tile]), -1)
 
-
-def micro_batches(rollout: Rollout, rows: Tensor, max_tokens: int) -> list[Tensor]:
-    """Cut rows into micro-batches of at most ``max_tokens`` tokens each, padding included.
+def micro_batches(rollout: Rollout, rows: Tensor, max_tokens: int, padded: bool = False) -> list[Tensor]:
+    """Cut rows into micro-batches of at most ``max_tokens`` tokens each.
 
     Rows of similar length come together, so that little is padded. A row that is longer than the budget is alone.
 
     Args:
         rollout: The rollout that the rows are of.
         rows: Numbers of the rows to spread, (r,).
-        max_tokens: Budget of rows times longest row.
+        max_tokens: Tokens of a micro-batch, prompts included.
+        padded: Whether the rows will be padded; then padding counts.
 
     Returns:
         Row numbers of each micro-batch.
     """
     lengths = (rollout.prompt_lengths + rollout.lengths)[rows]
-    ordered = lengths.argsort(descending=True, stable=True).tolist()
+    ordered = lengths.argsort(descending=True, stable=True)
     batches: list[list[int]] = []
-    for index in ordered:
-        longest = int(lengths[batches[-1][0]]) if batches else 0
-        if not batches or longest * (len(batches[-1]) + 1) > max_tokens:
+    filled = longest = 0
+    for index, length in zip(ordered.tolist(), lengths[ordered].tolist(), strict=True):
+        filled += longest if padded else length
+        if not batches or filled > max_tokens:
             batches.append([])
+            filled = longest = length
         batches[-1].append(index)
     return [rows[torch.tensor(batch, device=rows.device)] for batch in batches]
 
@@ -54,7 +54,8 @@ def micro_batches(rollout: Rollout, rows: Tensor, max_tokens: int) -> list[Tenso
 def body(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     """Run the body of a model over prompt and completion of each row; the head is left to the caller.
 
-    Rows are padded on the right, where a causal model cannot see, so no attention mask is needed.
+    Rows are packed where the model's attention can be told where each starts, and padded on the right otherwise, where
+    a causal model cannot see.
 
     Args:
         model: A causal language model.
@@ -63,11 +64,27 @@ def body(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     Returns:
         Hidden states that predict the completion tokens, in the order of `Rollout.completion`, (N, H).
     """
+    predicting = rollout.prompt_lengths[rollout.row] - 1 + rollout.position
+    if not packs(model):
+        return _padded_body(model, rollout)[rollout.row, predicting]
+    packing = rollout.packing
+    row = torch.arange(len(rollout), device=packing.device).repeat_interleave(rollout.prompt_lengths + rollout.lengths - 1)
+    hidden: Tensor = model.base_model(
+        input_ids=rollout.tokens[rollout.starts[row] + packing.positions][None],
+        position_ids=packing.positions[None],
+        # Transformers passes on whatever has four dimensions, instead of making a mask of all tokens by all tokens.
+        attention_mask=torch.empty(1, 1, 1, 1, device=packing.device),
+        packing=packing,
+        use_cache=False,
+    ).last_hidden_state[0]
+    return hidden[packing.starts[rollout.row] + predicting]
+
+
+def _padded_body(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """Return the hidden states of rows that are padded on the right, (B, width, H)."""
     totals = rollout.prompt_lengths + rollout.lengths
-    width = int(totals.max()) - 1  # the last token of a row predicts nothing
-    column = torch.arange(width, device=totals.device)
+    column = torch.arange(int(totals.max()) - 1, device=totals.device)  # the last token of a row predicts nothing
     source = (rollout.starts[:, None] + column).clamp(max=len(rollout.tokens) - 1)
     ids = rollout.tokens[source].where(column < totals[:, None], 0)
     hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    predicting = rollout.prompt_lengths[rollout.row] - 1 + rollout.position
-    return hidden[rollout.row, predicting]
+    return hidden

@@ -1,30 +1,51 @@
 """The head and the loss, in tiles of positions, so that no tensor of (N, V) ever exists.
 
-A tile of hidden states is multiplied by the head, every component is called on it, and the gradient of the weighted sum
-is pushed back at once into the tile's hidden states and the head's weight. That works for any plug-in, because losses
-are per position and unreduced, and because the share of each position in the mean is known before.
+A tile of hidden states is multiplied by the heads of the models that are needed, every component is called on the tile,
+and the gradient of the weighted sum is pushed back at once into the tile's hidden states and the head's weight. That
+works for any plug-in, because losses are per position and unreduced, and because the share of each position in the mean
+is known before.
 
-Components with ``support = "sampled"`` get the log-probs of the written tokens of all positions at once: a first pass
-over the tiles collects them, and the second pushes the gradient with respect to them back through the head.
+Gradients meet in the logits of the tile. A component that knows its gradient there in closed form gives it
+(`LossTerm.closed_form`); any other is differentiated by autograd with respect to the log-probs. Either way the head is
+passed once, and its backward are two matrix products that the components share.
+
+Components that follow a row from token to token get the log-probs of the written tokens of all positions at once: a
+pass over the tiles collects them, and the one that is made anyway pushes the gradient back.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stable_opd.models import Head
+from stable_opd.diagnostics import Diagnostics
+from stable_opd.models import Head, product
 from stable_opd.scoring import HiddenStates
 from stable_opd.terms import LossTerm
 from stable_opd.types import NOT_SCORED, Evidence, Scores, TokenLoss
 
-#: Working memory of a tile of logits, per model, in bytes.
-TILE_BYTES = 2**26
 
-#: How many of the likeliest tokens of student and teacher are compared (Li et al. 2026, arXiv 2604.13016).
-OVERLAP_K = 16
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Positions that are treated alike, and what is asked of them.
+
+    Attributes:
+        terms: The components to call, by name.
+        evidence: The facts about the positions, without scores.
+        shares: Share of each position in the mean, (n,).
+        teacher: What the teacher thinks there; None if no term declares ``needs_teacher``.
+        reference: What the initial student thinks there; None if no term declares ``needs_reference``.
+        diagnose: Whether to compare student and teacher on the way.
+    """
+
+    terms: Mapping[str, LossTerm]
+    evidence: Evidence
+    shares: Tensor
+    teacher: HiddenStates | None = None
+    reference: HiddenStates | None = None
+    diagnose: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,56 +56,41 @@ class StreamedLoss:
         loss: The sum of all terms, a scalar through which gradients flow.
         losses: Loss of each term, detached scalars.
         values: Reported value of each term, detached scalars.
-        diagnostics: What is measured on the way, each (N,) float32: ``student`` and ``teacher`` log-probs of the
-            written tokens, ``entropy_student``, ``entropy_teacher``, ``overlap``; empty without the teacher's scores.
+        diagnostics: What was measured on the way at the parts that asked for it.
     """
 
     loss: Tensor
     losses: dict[str, Tensor]
     values: dict[str, Tensor]
-    diagnostics: dict[str, Tensor]
+    diagnostics: Diagnostics
 
 
-def streamed_loss(
-    terms: Mapping[str, LossTerm],
-    evidence: Evidence,
-    shares: Tensor,
-    student: HiddenStates,
-    teacher: HiddenStates | None = None,
-    reference: HiddenStates | None = None,
-) -> StreamedLoss:
-    """Evaluate the terms of the objective on N positions.
+def streamed_loss(student: HiddenStates, parts: Sequence[Part]) -> StreamedLoss:
+    """Evaluate the terms of the objective.
 
     Args:
-        terms: The components to call, by name.
-        evidence: The facts about the positions, without scores.
-        shares: Share of each position in the mean, (N,).
         student: Where gradients flow to: the states and, if it is trainable, the head.
-        teacher: Needed if a term declares ``needs_teacher``.
-        reference: Needed if a term declares ``needs_reference``.
+        parts: What is asked of the positions; the student's states stand in the order of the parts.
 
     Returns:
         The loss, and what is reported.
     """
-    job = _Job(terms, evidence, shares, student.head.softcap, teacher, reference)
+    job = _Job(parts, student.head.softcap, student.states.device)
     loss = _Streamed.apply(  # type: ignore[no-untyped-call]
         job, student.states, student.head.weight, student.head.bias
     )
-    return StreamedLoss(
-        loss, job.losses, job.values, {name: torch.cat(parts) for name, parts in job.diagnostics.items()}
-    )
+    return StreamedLoss(loss, job.losses, job.values, job.diagnostics)
 
 
-def overlap(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return which share of the teacher's likeliest tokens is among the student's likeliest, (n, V) twice -> (n,)."""
-    k = min(OVERLAP_K, student.shape[-1])
-    ours, theirs = student.topk(k, -1).indices, teacher.topk(k, -1).indices
-    return (ours[:, :, None] == theirs[:, None, :]).any(-1).float().mean(-1)
+def tile_size(vocabulary: int, device: torch.device) -> int:
+    """Return how many positions are treated at once.
 
-
-def entropy(logprobs: Tensor) -> Tensor:
-    """Return the entropy of distributions in nats, (..., V) -> (...)."""
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    On a CPU the tile should stay in the cache while it is worked on, but a few dozen positions are needed for each read
+    of the head's weight to pay. On a GPU some hundred positions saturate the matrix units.
+    """
+    if device.type == "cpu":
+        return max(64, 2**20 // (4 * vocabulary))
+    return max(512, 2**26 // (4 * vocabulary))
 
 
 class _Streamed(torch.autograd.Function):
@@ -92,121 +98,194 @@ class _Streamed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, job: "_Job", states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        loss, *gradients = job.run(states, weight, bias, train_head=ctx.needs_input_grad[2])
-        ctx.save_for_backward(*gradients)
+        # Precision is decided here and by the dtypes that arrive, and not once more for each product.
+        with torch.autocast(states.device.type, enabled=False):
+            loss, ctx.gradients = job.run(states, weight, bias, train_head=ctx.needs_input_grad[2])
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        return None, *(None if each is None else each * upstream[0] for each in ctx.saved_tensors)
+        # In place, because the gradient of a head is as large as the head; so there is no second backward pass.
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(None if each is None else each.mul_(upstream[0]) for each in gradients)
 
 
-@dataclass
+class _Backward:
+    """The gradients of states and head, to which each tile adds."""
+
+    def __init__(self, states: Tensor, head: Head, train_head: bool) -> None:
+        self.head = head
+        self.states = torch.empty_like(states)
+        # In float32 over all tiles: rounding each partial sum would let the gradient drift.
+        self.weight = torch.zeros_like(head.weight, dtype=torch.float32) if train_head else None
+        self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if train_head and head.bias is not None else None
+
+    def add(self, place: slice, states: Tensor, in_logits: Tensor) -> None:
+        """Push the gradient in the logits of some positions (n, V) back to their states (n, H) and to the head."""
+        low = in_logits.to(self.head.weight.dtype)
+        self.states[place] = product(low, self.head.weight)
+        if self.weight is not None and self.weight.dtype == low.dtype:
+            self.weight.addmm_(low.T, states)
+        elif self.weight is not None:
+            self.weight += product(low.T, states)
+        if self.bias is not None:
+            self.bias += in_logits.sum(0)
+
+    def results(self) -> list[Tensor | None]:
+        """Return the gradients of states, weight and bias in the precision of what they are gradients of."""
+        weight = None if self.weight is None else self.weight.to(self.head.weight.dtype)
+        bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
+        return [self.states, weight, bias]
+
+
+class _InLogits:
+    """The gradient in the logits of a tile, to which its terms add."""
+
+    def __init__(self, student: Scores, tokens: Tensor) -> None:
+        self.student, self.tokens = student, tokens
+        self.total: Tensor | None = None
+        self.slope: Tensor | None = None
+
+    def add(self, in_logits: Tensor) -> None:
+        """Add a gradient with respect to the logits, (n, V)."""
+        self.total = in_logits if self.total is None else self.total.add_(in_logits)
+
+    def add_in_logprobs(self, gradient: Tensor) -> None:
+        """Add a gradient with respect to all log-probs, (n, V)."""
+        self.add(torch.addcmul(gradient, self.student.probs, gradient.sum(-1, keepdim=True), value=-1))
+
+    def add_slope(self, slope: Tensor | None) -> None:
+        """Add a gradient with respect to the log-probs of the written tokens, (n,)."""
+        self.slope = slope if self.slope is None or slope is None else self.slope + slope
+
+    def result(self, logits: Tensor, softcap: float | None) -> Tensor:
+        """Return the sum, (n, V), as a gradient with respect to what the head's product gave."""
+        if self.slope is not None:
+            slope = self.slope[:, None]
+            self.add(self.student.probs * -slope)
+            self.total = self.total.scatter_add_(1, self.tokens[:, None], slope)  # type: ignore[union-attr]
+        total = torch.zeros_like(logits) if self.total is None else self.total
+        return total if softcap is None else total.mul_(1 - (logits / softcap).square_())
+
+
 class _Job:
     """One micro-batch's way through the tiles; it collects what is reported."""
 
-    terms: Mapping[str, LossTerm]
-    evidence: Evidence
-    shares: Tensor
-    softcap: float | None
-    teacher: HiddenStates | None
-    reference: HiddenStates | None
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
-    diagnostics: dict[str, list[Tensor]] = field(default_factory=dict)
+    def __init__(self, parts: Sequence[Part], softcap: float | None, device: torch.device) -> None:
+        names = [name for part in parts for name in part.terms]
+        self.parts, self.softcap = parts, softcap
+        self.losses = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
+        self.values = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
+        self.diagnostics = Diagnostics()
 
     def run(
         self, states: Tensor, weight: Tensor, bias: Tensor | None, train_head: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return the loss and its gradients with respect to states, head weight and head bias."""
-        for name in self.terms:
-            self.losses[name] = self.values[name] = torch.zeros((), dtype=torch.float32, device=states.device)
-        slope = self._sampled_terms(HiddenStates(states, Head(weight, bias, self.softcap)))
-        to_states = torch.zeros_like(states)
-        to_weight = torch.zeros_like(weight, dtype=torch.float32) if train_head else None
-        to_bias = torch.zeros_like(bias, dtype=torch.float32) if train_head and bias is not None else None
-        for tile in self._tiles(weight.shape[0]):
-            # Leaves of their own for every tile: their graph is freed with the tile.
-            leaves = [states[tile].detach().requires_grad_()]
-            leaves += [part.detach().requires_grad_() for part in (weight, bias) if part is not None and train_head]
-            with torch.enable_grad():
-                head = Head(leaves[1], leaves[2] if bias is not None else None, self.softcap) if train_head else None
-                logprobs = HiddenStates(leaves[0], head or Head(weight, bias, self.softcap)).logprobs(slice(None))
-                total = self._tile_terms(tile, logprobs, slope)
-            gradients = torch.autograd.grad(total, leaves)
-            to_states[tile] = gradients[0]
-            if to_weight is not None:
-                to_weight += gradients[1]
-            if to_bias is not None:
-                to_bias += gradients[2]
-        loss = torch.stack(list(self.losses.values())).sum()
-        cast = None if to_weight is None else to_weight.to(weight.dtype)
-        return loss, to_states, cast, None if to_bias is None or bias is None else to_bias.to(bias.dtype)
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the loss, and its gradients with respect to states, head weight and head bias."""
+        head = Head(weight, bias, self.softcap)
+        backward = _Backward(states, head, train_head)
+        start = 0
+        for part in self.parts:
+            student = HiddenStates(states[start : start + len(part.shares)], head)
+            slope = self._whole_rows(part, student)
+            for tile in _tiles(part, student):
+                in_logits = self._tile(part, tile, student, None if slope is None else slope[tile])
+                backward.add(slice(start + tile.start, start + tile.stop), student.states[tile], in_logits)
+            start += len(part.shares)
+        losses = [*self.losses.values(), torch.zeros((), dtype=torch.float32, device=states.device)]
+        return torch.stack(losses).sum(), backward.results()
 
-    def _tiles(self, vocabulary: int) -> Iterator[slice]:
-        size = max(1, TILE_BYTES // (4 * vocabulary))
-        return (slice(start, start + size) for start in range(0, len(self.shares), size))
-
-    def _sampled_terms(self, student: HiddenStates) -> Tensor:
-        """Call the terms that need the written tokens only; return the slope of their loss in the log-probs, (N,)."""
-        terms = {name: term for name, term in self.terms.items() if term.support == "sampled"}
+    def _whole_rows(self, part: Part, student: HiddenStates) -> Tensor | None:
+        """Call the terms that follow a row; return the slope of their loss in the student's log-probs, (n,)."""
+        terms = {name: term for name, term in part.terms.items() if _follows_rows(term)}
         if not terms:
-            return torch.zeros_like(self.shares)
-        leaf = self._collect(student).requires_grad_()
-        needs_teacher = any(term.needs_teacher for term in terms.values())
+            return None
+        leaf = _collect(part, student).requires_grad_()
+        needs_teacher = part.teacher is not None and any(term.needs_teacher for term in terms.values())
+        needs_reference = part.reference is not None and any(term.needs_reference for term in terms.values())
+        evidence = part.evidence.seen(
+            slice(None),
+            Scores(leaf),
+            Scores(_collect(part, part.teacher)) if part.teacher and needs_teacher else NOT_SCORED,
+            Scores(_collect(part, part.reference)) if part.reference and needs_reference else NOT_SCORED,
+        )
+        return self._differentiate(terms, evidence, part.shares, leaf)
+
+    def _tile(self, part: Part, tile: slice, student: HiddenStates, slope: Tensor | None) -> Tensor:
+        """Call the terms that look at each position by itself; return the gradient in the logits, (n, V)."""
+        terms = {name: term for name, term in part.terms.items() if not _follows_rows(term)}
+        tokens, shares = part.evidence.tokens[tile], part.shares[tile]
+        logits = student.head.logits(student.states[tile])
+        ours = _scores(logits, tokens)
+        needs_teacher = part.diagnose or any(term.needs_teacher for term in terms.values())
         needs_reference = any(term.needs_reference for term in terms.values())
-        teacher = Scores(self._collect(self.teacher)) if self.teacher and needs_teacher else NOT_SCORED
-        reference = Scores(self._collect(self.reference)) if self.reference and needs_reference else NOT_SCORED
+        teacher = _read(part.teacher, tile, tokens) if needs_teacher else NOT_SCORED
+        reference = _read(part.reference, tile, tokens) if needs_reference else NOT_SCORED
+        if part.diagnose:
+            self.diagnostics.add(ours, teacher, tile.start, len(part.shares))
+
+        gradient = _InLogits(ours, tokens)
+        gradient.add_slope(slope)
+        evidence = part.evidence.seen(tile, ours, teacher, reference)
+        rest: dict[str, LossTerm] = {}
+        for name, term in terms.items():
+            closed = term.closed_form(evidence)
+            if closed is None:
+                rest[name] = term
+            else:
+                gradient.add(closed[1].mul_(self._add(name, closed[0], shares)[0][:, None]))
+        sampled = {name: term for name, term in rest.items() if term.support == "sampled"}
+        if sampled:
+            leaf = ours.sampled.clone().requires_grad_()
+            evidence = part.evidence.seen(tile, Scores(leaf), teacher, reference)
+            gradient.add_slope(self._differentiate(sampled, evidence, shares, leaf))
+        full = {name: term for name, term in rest.items() if term.support == "full"}
+        if full:
+            leaf = ours.logprobs.detach().requires_grad_()
+            evidence = part.evidence.seen(tile, Scores(gather(leaf, tokens), leaf), teacher, reference)
+            gradient.add_in_logprobs(self._differentiate(full, evidence, shares, leaf))
+        return gradient.result(logits, student.head.softcap)
+
+    def _differentiate(self, terms: Mapping[str, LossTerm], evidence: Evidence, shares: Tensor, leaf: Tensor) -> Tensor:
+        """Call terms and return the gradient of their weighted sum with respect to a leaf, by autograd."""
         with torch.enable_grad():
-            evidence = self.evidence.seen(slice(None), Scores(leaf), teacher, reference)
-            total = sum((self._add(name, term(evidence), slice(None)) for name, term in terms.items()), leaf.sum() * 0)
+            total = leaf.sum() * 0  # a term may speak about nothing
+            for name, term in terms.items():
+                total = total + self._add(name, term(evidence), shares)[1]
         return torch.autograd.grad(total, leaf)[0]
 
-    def _collect(self, model: HiddenStates) -> Tensor:
-        """Return a model's log-probs of the written tokens, (N,)."""
-        tiles = self._tiles(model.head.weight.shape[0])
-        return torch.cat([_gather(model.logprobs(tile), self.evidence.tokens[tile]) for tile in tiles])
-
-    def _tile_terms(self, tile: slice, logprobs: Tensor, slope: Tensor) -> Tensor:
-        """Call the terms that need the whole vocabulary; return what is to be differentiated on this tile."""
-        tokens = self.evidence.tokens[tile]
-        student = Scores(_gather(logprobs, tokens), logprobs)
-        teacher, reference = self._frozen(self.teacher, tile), self._frozen(self.reference, tile)
-        total = (slope[tile] * student.sampled).sum()
-        evidence = self.evidence.seen(tile, student, teacher, reference)
-        for name, term in self.terms.items():
-            if term.support == "full":
-                total = total + self._add(name, term(evidence), tile)
-        if self.teacher is not None:
-            self._diagnose(logprobs.detach(), teacher, student.sampled.detach())
-        return total
-
-    def _frozen(self, model: HiddenStates | None, tile: slice) -> Scores:
-        if model is None:
-            return NOT_SCORED
-        with torch.no_grad():
-            logprobs = model.logprobs(tile)
-            return Scores(_gather(logprobs, self.evidence.tokens[tile]), logprobs)
-
-    def _add(self, name: str, term: TokenLoss, tile: slice) -> Tensor:
-        """Reduce a term on a tile, remember what is reported, and return what is to be differentiated."""
-        share = self.shares[tile] * term.where
+    def _add(self, name: str, term: TokenLoss, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember what is reported of a term; return the share of each position in it, and its weighted sum."""
+        share = shares * term.where
         loss = (share * term.loss.masked_fill(~term.where, 0)).sum()
         self.losses[name] = self.losses[name] + loss.detach()
         self.values[name] = self.values[name] + (share * term.value.detach().masked_fill(~term.where, 0)).sum()
-        return loss
-
-    def _diagnose(self, student: Tensor, teacher: Scores, sampled: Tensor) -> None:
-        with torch.no_grad():
-            for name, values in (
-                ("student", sampled),
-                ("teacher", teacher.sampled),
-                ("entropy_student", entropy(student)),
-                ("entropy_teacher", entropy(teacher.logprobs)),
-                ("overlap", overlap(student, teacher.logprobs)),
-            ):
-                self.diagnostics.setdefault(name, []).append(values)
+        return share, loss
 
 
-def _gather(logprobs: Tensor, tokens: Tensor) -> Tensor:
+def _follows_rows(term: LossTerm) -> bool:
+    return term.support == "sampled" and not term.positionwise
+
+
+def _tiles(part: Part, model: HiddenStates) -> Iterator[slice]:
+    count, size = len(part.shares), tile_size(len(model.head.weight), model.states.device)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _collect(part: Part, model: HiddenStates) -> Tensor:
+    """Return a model's log-probs of the written tokens, (n,)."""
+    return torch.cat([_read(model, tile, part.evidence.tokens[tile]).sampled for tile in _tiles(part, model)])
+
+
+def _read(model: HiddenStates | None, tile: slice, tokens: Tensor) -> Scores:
+    return NOT_SCORED if model is None else _scores(model.head.logits(model.states[tile]), tokens)
+
+
+def _scores(logits: Tensor, tokens: Tensor) -> Scores:
+    logprobs = torch.log_softmax(logits, -1)
+    return Scores(gather(logprobs, tokens), logprobs)
+
+
+def gather(logprobs: Tensor, tokens: Tensor) -> Tensor:
+    """Return the entry of each row at its token, (n, V) and (n,) -> (n,)."""
     return logprobs.gather(-1, tokens[:, None]).squeeze(-1)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from stable_opd.registry import Component
 from stable_opd.types import Evidence, TokenLoss
@@ -18,6 +18,8 @@ class LossTerm(Component, nn.Module):
     support: ClassVar[Support] = "sampled"
     needs_teacher: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
+    #: For "sampled": the term looks at each position by itself and may be called on tiles of them, which saves a pass.
+    positionwise: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a support that nobody would ever serve, so that a typing error is not a term that does nothing."""
@@ -30,3 +32,14 @@ class LossTerm(Component, nn.Module):
     @abstractmethod
     def forward(self, evidence: Evidence) -> TokenLoss:
         """Return the loss of each position; no masking, no reduction."""
+
+    def closed_form(self, evidence: Evidence) -> tuple[TokenLoss, Tensor] | None:
+        """Return what `forward` returns and the gradient of each loss in the student's logits, if it is known.
+
+        It spares a term of the whole vocabulary the passes of autograd. It has to agree with `forward`, which is what
+        happens where it is None, as it is here.
+
+        Returns:
+            The losses, without a graph, and d loss_i / d logits_i at each position, (n, V), in memory of its own.
+        """
+        return None

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stable_opd.packing import Packing, ragged_arange
+
 if TYPE_CHECKING:
     from stable_opd.tasks.base import Task
 
@@ -120,7 +122,7 @@ class Rollout:
     @cached_property
     def position(self) -> Tensor:
         """Position of each completion token in its completion, from 0, (N,)."""
-        return _ragged_arange(self.lengths)
+        return ragged_arange(self.lengths)
 
     @cached_property
     def starts(self) -> Tensor:
@@ -132,6 +134,11 @@ class Rollout:
     def completion(self) -> Tensor:
         """Completion tokens, (N,)."""
         return self.tokens[(self.starts + self.prompt_lengths)[self.row] + self.position]
+
+    @cached_property
+    def packing(self) -> Packing:
+        """Where the rows are when models read them packed: each without its last token, which predicts nothing."""
+        return Packing(self.prompt_lengths + self.lengths - 1)
 
     @property
     def truncated(self) -> Tensor:
@@ -148,14 +155,14 @@ class Rollout:
         completion_starts = self.lengths.cumsum(0) - self.lengths
         return replace(
             self,
-            tokens=self.tokens[self.starts[rows].repeat_interleave(totals[rows]) + _ragged_arange(totals[rows])],
+            tokens=self.tokens[self.starts[rows].repeat_interleave(totals[rows]) + ragged_arange(totals[rows])],
             prompt_lengths=self.prompt_lengths[rows],
             lengths=self.lengths[rows],
             prompt=self.prompt[rows],
             author=self.author[rows],
             finish=self.finish[rows],
             behaviour_logprobs=self.behaviour_logprobs[
-                completion_starts[rows].repeat_interleave(self.lengths[rows]) + _ragged_arange(self.lengths[rows])
+                completion_starts[rows].repeat_interleave(self.lengths[rows]) + ragged_arange(self.lengths[rows])
             ],
             texts=[self.texts[row] for row in rows.tolist()],
         )
@@ -204,6 +211,11 @@ class Scores:
                 'support = "full" (and needs_teacher or needs_reference) in its class, or read `sampled`.'
             )
         return self._logprobs
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """Probabilities of the whole vocabulary, (n, V), computed once for all who ask."""
+        return self.logprobs.exp()
 
 
 NOT_SCORED = Scores()
@@ -274,9 +286,3 @@ class TokenLoss(NamedTuple):
     loss: Tensor
     value: Tensor
     where: Tensor
-
-
-def _ragged_arange(lengths: Tensor) -> Tensor:
-    """Count from 0 within each of several runs: [2, 3] -> [0, 1, 0, 1, 2]."""
-    starts = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum()), device=lengths.device) - starts.repeat_interleave(lengths)

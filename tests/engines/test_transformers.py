@@ -22,8 +22,11 @@ def request(prompt=(0, 1, 2, 3), budget=BUDGET, stop=(EOS,), keys=None, prompts=
     return Request(prompts, list(prompt), keys, budget, list(stop))
 
 
+ENGINE = TransformersEngine
+
+
 def generate(model, sampler, **options):
-    return TransformersEngine().generate(model, request(**options), sampler)
+    return ENGINE().generate(model, request(**options), sampler)
 
 
 def rows(completions):

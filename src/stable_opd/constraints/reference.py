@@ -2,8 +2,10 @@
 
 from typing import ClassVar
 
+from torch import Tensor
+
 from stable_opd.constraints.base import Constraint
-from stable_opd.divergences.kl import reverse_kl
+from stable_opd.divergences.kl import reverse_kl, reverse_kl_and_gradient
 from stable_opd.schedules import Schedule, scheduled
 from stable_opd.terms import Support
 from stable_opd.types import Author, Evidence, TokenLoss
@@ -37,3 +39,10 @@ class ReferenceKL(Constraint):
         divergence = reverse_kl(evidence.student.logprobs, evidence.reference.logprobs)
         weight = scheduled(self.weight, self.schedule, evidence.progress)
         return TokenLoss(weight * divergence, divergence.detach(), evidence.written_by(Author.STUDENT))
+
+    def closed_form(self, evidence: Evidence) -> tuple[TokenLoss, Tensor]:
+        """Return the weighted divergence and its gradient in the logits."""
+        divergence, gradient = reverse_kl_and_gradient(evidence.student, evidence.reference)
+        weight = scheduled(self.weight, self.schedule, evidence.progress)
+        loss = TokenLoss(weight * divergence, divergence, evidence.written_by(Author.STUDENT))
+        return loss, gradient.mul_(weight)

@@ -2,11 +2,12 @@
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from stable_opd.divergences.base import Divergence
 from stable_opd.terms import Support
-from stable_opd.types import Author, Evidence, TokenLoss
+from stable_opd.types import Author, Evidence, Scores, TokenLoss
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -23,6 +24,17 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     p = student.exp()
     gap = (student - teacher).masked_fill(p == 0, 0)
     return (p * gap).sum(-1)
+
+
+def reverse_kl_and_gradient(student: Scores, other: Scores) -> tuple[Tensor, Tensor]:
+    """Return `reverse_kl` to the other and its gradient in the student's logits, p_v (log p_v - log q_v - KL).
+
+    Returns:
+        Divergence of each position (n,), and gradient (n, V).
+    """
+    gap = student.logprobs - other.logprobs
+    divergence = torch.linalg.vecdot(student.probs, gap)
+    return divergence, gap.sub_(divergence[:, None]).mul_(student.probs)
 
 
 class ReverseKL(Divergence):
@@ -43,3 +55,8 @@ class ReverseKL(Divergence):
         """Return the divergence of each position."""
         loss = reverse_kl(evidence.student.logprobs, evidence.teacher.logprobs)
         return TokenLoss(loss, loss.detach(), evidence.written_by(Author.STUDENT))
+
+    def closed_form(self, evidence: Evidence) -> tuple[TokenLoss, Tensor]:
+        """Return the divergence and its gradient in the logits."""
+        loss, gradient = reverse_kl_and_gradient(evidence.student, evidence.teacher)
+        return TokenLoss(loss, loss, evidence.written_by(Author.STUDENT)), gradient

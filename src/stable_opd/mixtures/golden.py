@@ -25,6 +25,7 @@ class GoldenMixture(Mixture):
     """
 
     needs_golden: ClassVar[bool] = True
+    positionwise: ClassVar[bool] = True
 
     def __init__(self, weight: float = 1.0, schedule: Schedule | None = None) -> None:
         super().__init__()

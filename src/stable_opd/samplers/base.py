@@ -64,10 +64,9 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Tokens (B,) and their log-probs (B,), both under the given logits.
     """
-    logprobs = torch.log_softmax(logits.float(), -1)
-    cumulative = logprobs.exp().cumsum(-1)
+    cumulative = (probs := torch.softmax(logits.float(), -1)).cumsum(-1)
     total = cumulative[:, -1:]
     # Below the total even after rounding: then the first entry above it is one with a positive probability.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+    tokens = torch.searchsorted(cumulative, target, right=True)
+    return tokens.squeeze(1), probs.gather(1, tokens).squeeze(1).log()

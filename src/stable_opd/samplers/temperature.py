@@ -13,7 +13,7 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -float("inf")).scatter(-1, best, 0.0)
-    return logits / temperature
+    return logits if temperature == 1 else logits / temperature
 
 
 def check_temperature(temperature: float) -> float:

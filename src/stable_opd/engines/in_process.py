@@ -1,0 +1,189 @@
+"""Generation in this process, as fast as it goes."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stable_opd.engines.base import Completions, Request, RolloutEngine
+from stable_opd.engines.decoder import Decoder, obstacle
+from stable_opd.engines.transformers import TransformersEngine
+from stable_opd.packing import Packing
+from stable_opd.randomness import uniforms
+from stable_opd.repetition.suffix import repeated_suffix
+from stable_opd.samplers.base import Sampler, draw
+from stable_opd.types import Finish
+
+_log = logging.getLogger(__name__)
+
+#: Tokens that are written between two looks at which rows have ended. A look makes a GPU wait, and costs a CPU little.
+POLL = {"cpu": 4, "cuda": 16}
+
+
+@dataclass(frozen=True)
+class LoopStop:
+    """When a row that repeats itself is stopped early.
+
+    Args:
+        max_period: Longest block looked for, in tokens.
+        min_copies: Copies that make a loop.
+        min_tokens: Tokens that make a loop, the first copy included.
+        every: Tokens between two looks.
+    """
+
+    max_period: int = 128
+    min_copies: int = 3
+    min_tokens: int = 48
+    every: int = 32
+
+
+class InProcessEngine(RolloutEngine):
+    """Generate in this process, by the library's own decoder where it knows the model's layers.
+
+    The cache is allocated once and written in place, prompts are not padded and are read once for all their rows, rows
+    that have ended leave the batch, and the log-prob of each token is kept from the pass that drew it. Models of other
+    types go through `TransformersEngine`; the log says so.
+
+    Args:
+        loops: Stop rows that repeat themselves before their budget is used up; none lets them run. A row that was
+            stopped counts as truncated.
+    """
+
+    def __init__(self, loops: LoopStop | None = None) -> None:
+        self.loops = loops
+        self._said: set[str] = set()
+
+    def generate(self, model: PreTrainedModel, request: Request, sampler: Sampler) -> Completions:
+        """Let ``model`` write one completion for each row of the request."""
+        reason = obstacle(model)
+        if reason is not None:
+            self._say(f"Rollouts go through the model's own forward, which is slower, because {reason}.")
+            return TransformersEngine().generate(model, request, sampler)
+        device = model.device
+        automatic = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if automatic else model.dtype
+        longest = max(len(request.prompts[index]) for index in set(request.prompt)) + request.max_new_tokens
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            batch = _Batch(Decoder(model, longest, request.vocabulary, dtype), request, self.loops)
+            batch.write(sampler)
+            inside = torch.arange(request.max_new_tokens, device=device) < batch.lengths[:, None]
+            written = batch.tokens[inside], batch.logprobs[inside], batch.lengths, batch.finish
+        return Completions(*(each.clone() for each in written))  # tensors that autograd may keep
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            _log.warning(message)
+
+
+class _Batch:
+    """The rows of a request; those that are still being written stand first in the buffers.
+
+    All rows end at the same column of the cache, so a token of each is written by one copy. A row with a shorter prompt
+    starts further to the right, and what stands before it is hidden by a bias.
+    """
+
+    def __init__(self, decoder: Decoder, request: Request, loops: LoopStop | None) -> None:
+        self.decoder, self.loops, self.budget = decoder, loops, request.max_new_tokens
+        device = decoder.embedding.device
+        self.poll = POLL.get(device.type, 1)
+        prompt = torch.tensor(list(request.prompt), device=device)
+        used, share = prompt.unique(return_inverse=True)
+        prompts = [request.prompts[index] for index in used.tolist()]
+        sizes = torch.tensor([len(each) for each in prompts], device=device)
+        self.width = int(sizes.max())
+        starts = self.width - sizes
+        # The prompts are read once, and then stand in front of each of their rows.
+        ids = torch.tensor([token for each in prompts for token in each], device=device)
+        read = decoder.make_cache(len(prompts), self.width)
+        self.logits = decoder.prefill(ids, Packing(sizes), read, starts)[share]
+        self.cache = decoder.make_cache(len(prompt), self.width + self.budget)
+        self.cache[:, :, :, :, : self.width] = read[:, :, share]
+        del read
+        self.starts = starts[share]
+        self.rows = torch.arange(len(prompt), device=device)
+        # What was written, by the number of the row, and the same for the rows that are still being written.
+        self.tokens = torch.zeros(len(prompt), self.budget, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(len(prompt), self.budget, dtype=torch.float32, device=device)
+        self.lengths = torch.full((len(prompt),), self.budget, device=device)
+        self.finish = torch.full((len(prompt),), int(Finish.LENGTH), device=device)
+        self.noise = uniforms(request.keys, self.budget).to(device)
+        self.live_tokens, self.live_logprobs = self.tokens.clone(), self.logprobs.clone()
+        self.going = torch.ones(len(prompt), dtype=torch.bool, device=device)
+        self.stops = torch.zeros(len(decoder.embedding), dtype=torch.bool, device=device)
+        self.stops[torch.tensor(list(request.stop), dtype=torch.long, device=device)] = True
+        self._arrange()
+
+    def write(self, sampler: Sampler) -> None:
+        """Write all rows to their end."""
+        looked = 0
+        for step in range(self.budget):
+            logits = sampler(self.logits, self.live_tokens[:, :step])
+            drawn, logprobs = draw(logits, self.noise[:, step])
+            self.live_tokens[:, step] = drawn
+            self.live_logprobs[:, step] = logprobs
+            done = step + 1
+            if done % self.poll == 0 or done == self.budget:
+                self._look(looked, done)
+                looked = done
+                if len(self.rows) == 0:
+                    return
+                drawn = self.live_tokens[:, step]
+            if done < self.budget:
+                self._advance(drawn, self.width + step)
+
+    def _advance(self, tokens: Tensor, column: int) -> None:
+        """Append one token to each live row."""
+        first, last = self.first, column + 1
+        cells = [layer[..., first:last, :] for layer in self.cells]
+        bias = None if self.bias is None else self.bias[..., first:last]
+        self.logits = self.decoder.step(tokens, self.decoder.rotation[column - self.starts], cells, bias)
+
+    def _look(self, since: int, done: int) -> None:
+        """Find the rows that have ended since the last look, and drop them when that pays."""
+        stopped = self.stops[self.live_tokens[:, since:done]]
+        ended = stopped.any(1) & self.going
+        length, reason = since + 1 + stopped.int().argmax(1), int(Finish.STOP)
+        self._end(ended, length, reason)
+        if self.loops is not None and done // self.loops.every > since // self.loops.every:
+            written = torch.full_like(self.rows, done)
+            repeated = repeated_suffix(
+                self.live_tokens[:, :done], written, self.loops.max_period, self.loops.min_copies, self.loops.min_tokens
+            )
+            self._end((repeated > 0) & self.going, written, int(Finish.LOOP))
+        count = int(self.going.sum())
+        if done == self.budget or count == 0:
+            self._keep(self.going & False)
+        # Moving the rest costs about as much as reading it once.
+        elif count <= 0.9 * len(self.rows):
+            self._keep(self.going)
+
+    def _end(self, ended: Tensor, length: Tensor, reason: int) -> None:
+        rows = self.rows[ended]
+        self.lengths[rows], self.finish[rows] = length[ended], reason
+        self.going = self.going & ~ended
+
+    def _keep(self, mask: Tensor) -> None:
+        """Put what the live rows have written where it belongs, and go on with some of them, (rows,) bool."""
+        self.tokens[self.rows], self.logprobs[self.rows] = self.live_tokens, self.live_logprobs
+        index = mask.nonzero().squeeze(1)
+        self.cache[:, :, : len(index)] = self.cache[:, :, index]
+        self.rows, self.starts, self.going = self.rows[index], self.starts[index], self.going[index]
+        self.logits, self.noise = self.logits[index], self.noise[index]
+        self.live_tokens, self.live_logprobs = self.live_tokens[index], self.live_logprobs[index]
+        if len(index):
+            self._arrange()
+
+    def _arrange(self) -> None:
+        """Make the views of the cache that the live rows need."""
+        count = len(self.rows)
+        self.cells = [layer[:, :count] for layer in self.cache]
+        self.first = int(self.starts.min())
+        self.bias = None
+        if self.first != int(self.starts.max()):
+            column = torch.arange(self.cache.shape[4], device=self.starts.device)
+            hidden = column < self.starts[:, None]
+            self.bias = torch.zeros(hidden.shape, dtype=self.cache.dtype, device=hidden.device)
+            self.bias = self.bias.masked_fill_(hidden, -float("inf"))[:, None, None]
