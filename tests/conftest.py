@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from helpers import problems, save, tiny_model, write_jsonl
+from stable_opd import streaming
 
 
 def pytest_configure():
@@ -59,3 +60,10 @@ def train_path(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def validation_path(tmp_path_factory) -> str:
     return write_jsonl(tmp_path_factory.mktemp("data") / "validation.jsonl", problems(6, seed=1))
+
+
+@pytest.fixture(params=[1, 5, 10_000], ids=["tiles of 1", "tiles of 5", "one tile"])
+def tile(request, monkeypatch) -> int:
+    """How many positions the streamed loss looks at together; nothing may depend on it."""
+    monkeypatch.setattr(streaming, "tile_size", lambda *_: request.param)
+    return request.param

@@ -84,10 +84,10 @@ def test_bias_of_the_output_layer_is_kept_and_cut():
     torch.testing.assert_close(output_head(model, 4).logits(hidden), layer(hidden)[:, :4])
 
 
-def test_head_logits_are_float32():
+def test_head_logits_are_float32_and_not_rounded_to_less_on_the_way():
     head = Head(torch.randn(5, 4).bfloat16(), None, 3.0)
     hidden = torch.randn(2, 4).bfloat16()
-    expected = 3 * (F.linear(hidden, head.weight).float() / 3).tanh()
+    expected = 3 * (F.linear(hidden.float(), head.weight.float()) / 3).tanh()
     assert head.logits(hidden).dtype == torch.float32
     torch.testing.assert_close(head.logits(hidden), expected)
 

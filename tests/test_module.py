@@ -138,7 +138,9 @@ def test_micro_batches_do_not_change_the_run(mixture, build, data):
     (small, small_weights), (large, large_weights) = runs
     assert_same_weights(small_weights, large_weights, rtol=1e-4, atol=1e-5)
     for name in ("train/loss", "train/grad_norm", "train/entropy_student", "train/log_ratio_p99", "train/value/anchor"):
-        assert [step[name] for step in small.steps] == pytest.approx([step[name] for step in large.steps], rel=1e-4)
+        # In the first step the student is its own reference, whose KL is zero up to rounding.
+        expected = pytest.approx([step[name] for step in large.steps], rel=1e-4, abs=1e-7)
+        assert [step[name] for step in small.steps] == expected
 
 
 def test_rollouts_are_written_by_the_student_as_it_is(build, data):
@@ -182,7 +184,7 @@ def test_rollouts_are_written_without_dropout_and_learnt_with_it(build, data):
             return super().score(rollout)
 
     module = build(engine=engine)
-    module.teacher = Watching(module.teacher.path)
+    module.readers.teacher = Watching(module.readers.teacher.path)
     fit(module, data(), steps=2)
     assert engine.modes == [False, False]
     assert modes == [True, True]
@@ -441,13 +443,13 @@ def test_evaluation_loads_neither_teacher_nor_reference(build, data, validation_
     """A student can be evaluated where its teacher is not."""
     module = build(teacher="no-such-teacher", constraints={"anchor": ReferenceKL(0.1)})
     make_trainer().validate(module, datamodule=data(train=None, validation=validation_path), verbose=False)
-    assert module.reference is None
+    assert module.readers.reference is None
 
 
 def test_state_holds_the_student_and_neither_teacher_nor_reference(build, data):
     module = build(constraints={"anchor": ReferenceKL(0.1)})
     fit(module, data(), steps=1)
-    assert module.reference is not None
+    assert module.readers.reference is not None
     state = module.state_dict()
     assert {name.partition(".")[0] for name in state} <= {"student", "train_metrics"}
     student = {name.removeprefix("student.") for name in state if name.startswith("student.")}
@@ -459,14 +461,14 @@ def test_state_holds_the_student_and_neither_teacher_nor_reference(build, data):
 def test_reference_and_teacher_stay_as_they_were(build, data):
     module = build(constraints={"anchor": ReferenceKL(0.1)}, mixture=GoldenMixture())
     fit(module, data(), steps=2)
-    for model, seed in ((module.reference, 1), (module.teacher.model, 2)):
+    for model, seed in ((module.readers.reference, 1), (module.readers.teacher.model, 2)):
         assert_same_weights(dict(model.named_parameters()), dict(tiny_model(seed).named_parameters()), rtol=0, atol=0)
 
 
 def test_without_a_term_that_needs_it_there_is_no_reference(build, data):
     module = build()
     fit(module, data(), steps=1)
-    assert module.reference is None
+    assert module.readers.reference is None
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

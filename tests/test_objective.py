@@ -22,6 +22,7 @@ from stable_opd import (
 from stable_opd.divergences import reverse_kl
 from stable_opd.models import frozen_copy
 from stable_opd.objective import Tally, evaluate, pieces
+from stable_opd.readers import Readers
 from stable_opd.reduce import token_shares
 
 CPU = torch.device("cpu")
@@ -56,19 +57,20 @@ def nothing_repeats(rollout):
     return Repetition(torch.zeros(len(rollout.row), dtype=torch.bool), torch.zeros(len(rollout), dtype=torch.bool))
 
 
-def cut(rollout, own, other, aggregation="sequence_mean", max_tokens=10**6, repetition=None, progress=0.0):
+def cut(rollout, own, other, aggregation="sequence_mean", max_tokens=10**6, repetition=None, progress=0.0, **options):
     found = repetition or nothing_repeats(rollout)
-    work = pieces(rollout, found, own, other, aggregation, max_tokens, progress, total_of_one_process)
-    return [piece for piece in work if piece.terms]  # the module always has terms for both; a test looks at one kind
+    return list(pieces(rollout, found, own, other, aggregation, max_tokens, progress, total_of_one_process, **options))
 
 
 def step(model, teacher, reference, work):
     """Loss and gradients of one optimizer step."""
     model.zero_grad()
-    names = dict.fromkeys(name for piece in work for name in piece.terms)
+    names = dict.fromkeys(name for piece in work for group in piece.groups for name in group.terms)
     tally, loss = Tally([*names], CPU), 0.0
-    for piece in work:
-        result = evaluate(piece, model, teacher, reference, VOCABULARY)
+    readers = Readers(teacher)
+    readers.reference = reference
+    for piece, parts in zip(work, readers.read(work, VOCABULARY), strict=True):
+        result = evaluate(piece, parts, model, VOCABULARY)
         result.loss.backward()
         tally.add(piece, result)
         loss += result.loss.item()
@@ -141,12 +143,13 @@ def test_stable_opd_equals_its_formulas_on_materialised_logits(head, aggregation
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
 @pytest.mark.parametrize("max_tokens", [1, 20, 34])
-def test_micro_batches_give_the_loss_and_gradients_of_one_batch(aggregation, max_tokens, teacher):
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
+def test_micro_batches_give_the_loss_and_gradients_of_one_batch(aggregation, max_tokens, padded, teacher):
     model, reference = tiny_model(1), tiny_model(7)
     rollout = draw_rollout(model, empty=True)
     whole = cut(rollout, STABLE, GOLDEN, aggregation)
-    parts = cut(rollout, STABLE, GOLDEN, aggregation, max_tokens)
-    assert len(parts) > len(whole) == 2
+    parts = cut(rollout, STABLE, GOLDEN, aggregation, max_tokens, padded=padded)
+    assert len(parts) > len(whole) == 1
     loss, tally, gradients = step(model, teacher, reference, parts)
     whole_loss, whole_tally, expected = step(model, teacher, reference, whole)
     assert loss == pytest.approx(whole_loss, rel=1e-5)
@@ -155,7 +158,8 @@ def test_micro_batches_give_the_loss_and_gradients_of_one_batch(aggregation, max
     assert_same(tally.values, whole_tally.values)
 
 
-def test_each_token_keeps_its_facts_when_rows_are_spread_and_reordered():
+@pytest.mark.parametrize("max_tokens", [6, 9, 10**6])
+def test_each_token_keeps_its_facts_when_rows_are_spread_and_reordered(max_tokens):
     """Every token of this rollout is written once, so the token says which facts belong to it."""
     rows = [[1, 2, 3], [], [4, 5, 6, 7, 8], [9], [10, 11]]
     authors = [Author.STUDENT, Author.STUDENT, Author.GOLDEN, Author.STUDENT, Author.STUDENT]
@@ -166,18 +170,22 @@ def test_each_token_keeps_its_facts_when_rows_are_spread_and_reordered():
     shares = {True: token_shares(lengths * own, "sequence_mean", total_of_one_process)}
     shares[False] = token_shares(lengths * ~authors_are_students, "sequence_mean", total_of_one_process)
     seen = []
-    for piece in cut(rollout, {"o": ReverseKL()}, {"m": GoldenMixture()}, max_tokens=6, repetition=repetition):
-        evidence = piece.evidence
-        assert list(piece.terms) == (["o"] if piece.on_policy else ["m"])
-        for place, token in enumerate(evidence.tokens.tolist()):
-            row = next(number for number, each in enumerate(rows) if token in each)
-            assert evidence.position[place] == rows[row].index(token)
-            assert evidence.in_loop[place] == (token % 3 == 0)
-            assert evidence.author[place] == authors[row]
-            assert evidence.behaviour_logprobs[place] == -token
-            assert piece.shares[place] == shares[piece.on_policy][row]
-            assert (authors[row] == Author.STUDENT) == piece.on_policy
-            seen.append(token)
+    for piece in cut(rollout, {"o": ReverseKL()}, {"m": GoldenMixture()}, "sequence_mean", max_tokens, repetition):
+        for group in piece.groups:
+            evidence = group.evidence
+            assert list(group.terms) == (["o"] if group.on_policy else ["m"])
+            assert group.rollout.completion.tolist() == evidence.tokens.tolist()
+            for place, token in enumerate(evidence.tokens.tolist()):
+                row = next(number for number, each in enumerate(rows) if token in each)
+                assert evidence.position[place] == rows[row].index(token)
+                assert evidence.in_loop[place] == (token % 3 == 0)
+                assert evidence.author[place] == authors[row]
+                assert evidence.behaviour_logprobs[place] == -token
+                assert group.shares[place] == shares[group.on_policy][row]
+                assert (authors[row] == Author.STUDENT) == group.on_policy
+                seen.append(token)
+        # The states of the student stand in the order of the groups.
+        assert piece.rollout.completion.tolist() == seen[-len(piece.rollout.completion) :]
     assert sorted(seen) == list(range(1, 12))
 
 
@@ -187,13 +195,24 @@ def test_weight_of_golden_rows_does_not_depend_on_the_number_of_rollouts(aggrega
     rows = [[1, 2, 3]] * samples + [[4, 5], [6, 7, 8, 9]]
     authors = [Author.STUDENT] * samples + [Author.GOLDEN] * 2
     work = cut(make_rollout(rows, authors=authors), {"o": ReverseKL()}, {"m": GoldenMixture()}, aggregation)
-    assert [piece.on_policy for piece in work] == [True, False]
-    assert [piece.shares.sum().item() for piece in work] == pytest.approx([1.0, 1.0])
+    groups = [group for piece in work for group in piece.groups]
+    assert [group.on_policy for group in groups] == [True, False]
+    assert [group.shares.sum().item() for group in groups] == pytest.approx([1.0, 1.0])
+
+
+def test_rows_of_student_and_others_share_a_micro_batch_where_they_fit():
+    rows, authors = [[1, 2, 3], [4, 5, 6], [7]], [Author.GOLDEN, Author.STUDENT, Author.STUDENT]
+    (piece,) = cut(make_rollout(rows, authors=authors), {"o": ReverseKL()}, {"m": GoldenMixture()}, max_tokens=10)
+    assert [group.on_policy for group in piece.groups] == [True, False]
+    assert [group.rollout.author.tolist() for group in piece.groups] == [[Author.STUDENT] * 2, [Author.GOLDEN]]
+    assert piece.rollout.author.tolist() == [Author.STUDENT] * 2 + [Author.GOLDEN]
+    # 10 tokens with their prompts; where rows are padded they would be 12.
+    assert len(cut(make_rollout(rows, authors=authors), {}, {}, max_tokens=10, padded=True)) == 2
 
 
 def test_progress_reaches_the_components():
     (piece,) = cut(make_rollout([[1]]), {"o": ReverseKL()}, {}, progress=0.375)
-    assert piece.evidence.progress == 0.375
+    assert piece.groups[0].evidence.progress == 0.375
 
 
 def test_rollout_without_tokens_has_no_pieces():
@@ -244,7 +263,8 @@ def test_expected_sampled_gradient_over_all_continuations_is_the_exact_one(promp
     rollout = make_rollout([[token] for token in range(VOCABULARY)], [prompt] * VOCABULARY, behaviour=p)
     (piece,) = cut(rollout, {"divergence": SampledReverseKL()}, {})
     # Rows stand in another order in the piece; the token says which probability is whose.
-    piece.shares.copy_(p.exp()[piece.evidence.tokens])
+    (group,) = piece.groups
+    group.shares.copy_(p.exp()[group.evidence.tokens])
     _, tally, sampled = step(model, teacher, None, [piece])
 
     model.zero_grad()
@@ -261,12 +281,14 @@ def test_only_models_that_a_term_needs_are_asked(teacher):
     """A teacher may cost money: supervised rows must not be sent to it."""
 
     class Expensive(LocalTeacher):
-        """Counts."""
+        """Keeps what it was asked."""
 
-        asked = 0
+        def __init__(self, path):
+            super().__init__(path)
+            self.authors = []
 
         def score(self, rollout):
-            self.asked += 1
+            self.authors.append(rollout.author.tolist())
             return super().score(rollout)
 
     counting = Expensive(teacher.path)
@@ -274,9 +296,9 @@ def test_only_models_that_a_term_needs_are_asked(teacher):
     model = tiny_model(1)
     rollout = draw_rollout(model)
     step(model, counting, None, cut(rollout, {}, GOLDEN))
-    assert counting.asked == 0
+    assert counting.authors == []
     step(model, counting, None, cut(rollout, {"divergence": ReverseKL()}, GOLDEN))
-    assert counting.asked == 1
+    assert counting.authors == [[Author.STUDENT] * 4]
 
 
 def test_a_padded_student_learns_over_the_shared_vocabulary(tmp_path):

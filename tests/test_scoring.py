@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,30 +7,45 @@ from hypothesis import strategies as st
 
 from helpers import VOCABULARY, make_rollout, tiny_model
 from stable_opd.models import output_head
-from stable_opd.scoring import HiddenStates, body, micro_batches
+from stable_opd.scoring import body, micro_batches
 
 
 @settings(deadline=None, max_examples=100)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 30)), min_size=1, max_size=12),
     max_tokens=st.integers(1, 120),
+    padded=st.booleans(),
     data=st.data(),
 )
-def test_micro_batches_hold_every_row_once_within_the_budget(lengths, max_tokens, data):
+def test_micro_batches_hold_every_row_once_within_the_budget(lengths, max_tokens, padded, data):
     rollout = make_rollout([[0] * completion for _, completion in lengths], [[1] * prompt for prompt, _ in lengths])
     rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True))
-    batches = [batch.tolist() for batch in micro_batches(rollout, torch.tensor(rows, dtype=torch.long), max_tokens)]
+    chosen = torch.tensor(rows, dtype=torch.long)
+    batches = [batch.tolist() for batch in micro_batches(rollout, chosen, max_tokens, padded)]
     assert sorted(row for batch in batches for row in batch) == sorted(rows)
-    for batch in batches:
-        longest = max(sum(lengths[row]) for row in batch)
-        assert len(batch) == 1 or longest * len(batch) <= max_tokens
+    counts = [[sum(lengths[row]) for row in batch] for batch in batches]
+    for count in counts:
+        tokens = max(count) * len(count) if padded else sum(count)
+        assert len(count) == 1 or tokens <= max_tokens
+    # Nor is a batch closed while the next row still fits.
+    for count, following in itertools.pairwise(counts):
+        more = [*count, following[0]]
+        assert (max(more) * len(more) if padded else sum(more)) > max_tokens
 
 
-def test_rows_of_similar_length_come_together():
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
+def test_rows_of_similar_length_come_together(padded):
     """Two long and two short rows under a budget that takes the two short ones together, or two of any kind."""
     rollout = make_rollout([[0] * 19, [0], [0] * 18, [0, 0]])
-    batches = [sorted(batch.tolist()) for batch in micro_batches(rollout, torch.arange(4), 40)]
+    batches = [sorted(batch.tolist()) for batch in micro_batches(rollout, torch.arange(4), 40, padded)]
     assert batches == [[0, 2], [1, 3]]
+
+
+def test_padding_counts_only_where_rows_are_padded():
+    """10 + 2 + 2 + 2 tokens: they fit into 16, but four rows of 10 do not."""
+    rollout = make_rollout([[0] * 9, [0], [0], [0]])
+    sizes = {padded: [len(each) for each in micro_batches(rollout, torch.arange(4), 16, padded)] for padded in (0, 1)}
+    assert sizes == {0: [4], 1: [1, 3]}
 
 
 def test_a_large_budget_is_one_batch():
@@ -47,7 +64,7 @@ def test_body_and_head_predict_each_completion_token_as_the_model_does_on_the_ro
     model = tiny_model(4)
     rollout = make_rollout(ROWS, PROMPTS).select(torch.tensor(rows))
     with torch.no_grad():
-        logprobs = HiddenStates(body(model, rollout), output_head(model)).logprobs(slice(None))
+        logprobs = output_head(model).logits(body(model, rollout)).log_softmax(-1)
         expected = []
         for row in rows:
             ids = torch.tensor([PROMPTS[row] + ROWS[row]])
@@ -66,15 +83,16 @@ def test_rows_without_a_completion_predict_nothing():
 
 def test_gradient_reaches_every_parameter_of_the_body():
     model = tiny_model(4)
-    body(model, make_rollout(ROWS, PROMPTS)).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.base_model.parameters())
+    states = body(model, make_rollout(ROWS, PROMPTS))
+    (states * torch.randn(states.shape)).sum().backward()  # the sum of squares is what a norm keeps constant
+    assert all(parameter.grad.abs().max() > 1e-3 for parameter in model.base_model.parameters())
 
 
-def test_logprobs_of_a_tile_are_normalised_float32():
+def test_logits_of_a_bfloat16_model_are_float32_and_carry_no_gradient():
     model = tiny_model(4).bfloat16()
-    with torch.no_grad():
-        states = HiddenStates(body(model, make_rollout(ROWS, PROMPTS)), output_head(model))
-        logprobs = states.logprobs(slice(2, 5))
-    assert logprobs.shape == (3, VOCABULARY)
-    assert logprobs.dtype == torch.float32
-    torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(3))
+    states = body(model, make_rollout(ROWS, PROMPTS))
+    assert states.requires_grad
+    logits = output_head(model).logits(states[2:5])
+    assert logits.shape == (3, VOCABULARY)
+    assert logits.dtype == torch.float32
+    assert not logits.requires_grad  # the gradient is computed by hand, tile by tile

@@ -1,97 +1,12 @@
 """The head and the loss in tiles, against one plain autograd computation on materialised logits."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from torch.distributions import Categorical
 
-from helpers import make_evidence
 from stable_opd import Author, Divergence, Mixture, TokenLoss, build, components, streaming
 from stable_opd.models import Head
 from stable_opd.scoring import HiddenStates
-from stable_opd.diagnostics import entropy, overlap
-from stable_opd.streaming import Part, StreamedLoss, streamed_loss
-from stable_opd.types import Scores
-
-N, WIDTH, VOCABULARY = 23, 12, 29
-TERMS = [(kind, name) for kind in ("divergence", "constraint", "mixture") for name in components(kind)]
-
-
-def draw_states(seed, width=WIDTH, bias=False, softcap=None, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(N, width, generator=generator)
-    weight = scale * torch.randn(VOCABULARY, width, generator=generator) / 2
-    offset = torch.randn(VOCABULARY, generator=generator) if bias else None
-    return HiddenStates(states, Head(weight, offset, softcap))
-
-
-def stream(terms, evidence, shares, student, teacher=None, reference=None) -> StreamedLoss:
-    return streamed_loss(student, [Part(terms, evidence, shares, teacher, reference, diagnose=teacher is not None)])
-
-
-def draw_evidence(author=Author.STUDENT):
-    generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(VOCABULARY, (N,), generator=generator)
-    evidence = make_evidence(tokens, author=author, behaviour=-3 + torch.randn(N, generator=generator), progress=0.5)
-    shares = torch.rand(N, generator=generator) / N
-    return replace(evidence, row=torch.tensor([0] * 9 + [1] + [2] * 13)), shares
-
-
-def leaves_of(student, train_head):
-    head = student.head
-    leaves = [student.states.detach().clone().requires_grad_()]
-    leaves += [
-        part.detach().clone().requires_grad_(train_head) for part in (head.weight, head.bias) if part is not None
-    ]
-    copy = HiddenStates(leaves[0], Head(leaves[1], leaves[2] if head.bias is not None else None, head.softcap))
-    return copy, [leaf for leaf in leaves if leaf.requires_grad]
-
-
-def materialised(terms, evidence, shares, student, teacher, reference):
-    """Loss and value of each term from the whole (N, V) at once."""
-
-    def scores(model):
-        logits = model.states @ model.head.weight.T + (0 if model.head.bias is None else model.head.bias)
-        if model.head.softcap:
-            logits = model.head.softcap * (logits / model.head.softcap).tanh()
-        logprobs = logits.log_softmax(-1)
-        return Scores(logprobs[torch.arange(N), evidence.tokens], logprobs)
-
-    seen = evidence.seen(slice(None), *(scores(model) for model in (student, teacher, reference)))
-    reduced = {name: (shares[result.where] * result.loss[result.where]).sum() for name, result in _call(terms, seen)}
-    values = {name: (shares[result.where] * result.value[result.where]).sum() for name, result in _call(terms, seen)}
-    return sum(reduced.values()), reduced, values
-
-
-def _call(terms, seen):
-    return [(name, term(seen)) for name, term in terms.items()]
-
-
-def compare(terms, evidence, shares, student, train_head=True):
-    teacher, reference = draw_states(1, width=9), draw_states(2)
-    ours, our_leaves = leaves_of(student, train_head)
-    plain, plain_leaves = leaves_of(student, train_head)
-    result = stream(terms, evidence, shares, ours, teacher, reference)
-    expected, losses, values = materialised(terms, evidence, shares, plain, teacher, reference)
-    # A factor, because a strategy or a scaler may scale the loss before it goes backward.
-    (3.0 * result.loss).backward()
-    if expected.requires_grad:
-        (3.0 * expected).backward()
-    torch.testing.assert_close(result.loss, expected.detach())
-    for name in terms:
-        torch.testing.assert_close(result.losses[name], losses[name].detach())
-        torch.testing.assert_close(result.values[name], values[name].detach())
-    for ours_leaf, plain_leaf in zip(our_leaves, plain_leaves, strict=True):
-        want = torch.zeros_like(plain_leaf) if plain_leaf.grad is None else plain_leaf.grad
-        torch.testing.assert_close(ours_leaf.grad, want, rtol=1e-4, atol=1e-6)
-    return our_leaves
-
-
-@pytest.fixture(params=[1, 5, 10_000], ids=["tiles of 1", "tiles of 5", "one tile"])
-def tile(request, monkeypatch):
-    monkeypatch.setattr(streaming, "tile_size", lambda *_: request.param)
-    return request.param
+from streams import TERMS, VOCABULARY, N, compare, draw_evidence, draw_states, leaves_of, stream
 
 
 @pytest.mark.parametrize(("kind", "name"), TERMS, ids=[name for _, name in TERMS])
@@ -254,7 +169,7 @@ def test_head_gradient_is_added_up_in_float32(monkeypatch):
     low = HiddenStates(draw_states(0).states.bfloat16(), Head(draw_states(0).head.weight.bfloat16()))
     gradients = []
     for positions in (N, 1):
-        monkeypatch.setattr(streaming, "tile_size", lambda *_: positions)
+        monkeypatch.setattr(streaming, "tile_size", lambda *_, positions=positions: positions)
         student, leaves = leaves_of(low, train_head=True)
         terms = {"kl": build("divergence", "ReverseKL")}
         stream(terms, evidence, shares, student, draw_states(1)).loss.backward()
@@ -262,32 +177,52 @@ def test_head_gradient_is_added_up_in_float32(monkeypatch):
     assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[0].norm()
 
 
-def test_diagnostics_are_those_of_the_whole_vocabulary(tile):
+@pytest.mark.parametrize("wanted", ["sampled", "full"])
+def test_plug_in_without_a_closed_form_equals_plain_autograd(wanted, tile):
+    class Squared(Divergence):
+        """A loss of no known kind that reads everything it may."""
+
+        support = wanted
+        needs_reference = True
+
+        def forward(self, evidence):
+            ours, theirs, first = (
+                each.sampled if wanted == "sampled" else each.logprobs.clamp(min=-4).logsumexp(-1) + each.sampled
+                for each in (evidence.student, evidence.teacher, evidence.reference)
+            )
+            loss = (ours - theirs) ** 2 + (ours * first).sin()
+            return TokenLoss(loss, theirs.detach(), evidence.position % 4 != 1)
+
     evidence, shares = draw_evidence()
-    student, teacher = draw_states(0), draw_states(1)
-    found = stream({"kl": build("divergence", "ReverseKL")}, evidence, shares, student, teacher).diagnostics
-    ours, theirs = (Categorical(logits=model.states @ model.head.weight.T) for model in (student, teacher))
-    torch.testing.assert_close(found["student"], ours.log_prob(evidence.tokens))
-    torch.testing.assert_close(found["teacher"], theirs.log_prob(evidence.tokens))
-    torch.testing.assert_close(found["entropy_student"], ours.entropy())
-    torch.testing.assert_close(found["entropy_teacher"], theirs.entropy())
-    likeliest = [[set(row.topk(16).indices.tolist()) for row in each.logits] for each in (ours, theirs)]
-    shared = [len(a & b) / 16 for a, b in zip(*likeliest, strict=True)]
-    torch.testing.assert_close(found["overlap"], torch.tensor(shared))
+    leaves = compare({"term": Squared()}, evidence, shares, draw_states(0, bias=True, softcap=3.0))
+    assert all(leaf.grad.norm() > 1e-3 for leaf in leaves)
 
 
-def test_without_a_teacher_there_are_no_diagnostics():
-    evidence, shares = draw_evidence(Author.GOLDEN)
-    assert stream({"m": build("mixture", "GoldenMixture")}, evidence, shares, draw_states(0)).diagnostics._parts == {}
+def test_states_of_less_precision_than_the_head():
+    """Autocast and heads that are kept in float32 bring them."""
+    evidence, shares = draw_evidence()
+    exact = draw_states(0, bias=True)
+    rounded = exact.states.bfloat16()
+    gradients = []
+    for states in (rounded, rounded.float()):
+        student, leaves = leaves_of(HiddenStates(states, exact.head))
+        stream({"kl": build("divergence", "ReverseKL")}, evidence, shares, student, draw_states(1)).loss.backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    assert gradients[0][0].dtype == torch.bfloat16
+    for found, expected in zip(*gradients, strict=True):
+        assert (found.float() - expected).norm() < 0.01 * expected.norm()
 
 
-def test_entropy_of_a_distribution_with_impossible_tokens():
-    logprobs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
-    torch.testing.assert_close(entropy(logprobs), torch.tensor([2.0, 1.0]).log())
-
-
-def test_overlap_of_a_small_vocabulary_is_complete():
-    assert overlap(torch.randn(4, 5), torch.randn(4, 5)).tolist() == [1.0] * 4
+def test_second_backward_pass_is_an_error_and_not_a_wrong_gradient():
+    evidence, shares = draw_evidence()
+    student, leaves = leaves_of(draw_states(0))
+    loss = stream({"kl": build("divergence", "ReverseKL")}, evidence, shares, student, draw_states(1)).loss
+    loss.backward(retain_graph=True)
+    before = [leaf.grad.clone() for leaf in leaves]
+    with pytest.raises((RuntimeError, TypeError)):
+        loss.backward()
+    for leaf, expected in zip(leaves, before, strict=True):
+        torch.testing.assert_close(leaf.grad, expected, rtol=0, atol=0)
 
 
 def test_mixture_is_a_term_like_the_others():

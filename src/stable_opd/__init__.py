@@ -2,7 +2,15 @@
 
 from stable_opd.constraints import Constraint, ReferenceKL
 from stable_opd.data import PromptDataModule
-from stable_opd.divergences import AdvantageDivergence, Divergence, ReverseKL, SampledReverseKL
+from stable_opd.divergences import (
+    AdvantageDivergence,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SampledReverseKL,
+    TeacherTopK,
+)
 from stable_opd.engines import InProcessEngine, LoopStop, RolloutEngine, TransformersEngine
 from stable_opd.mixtures import GoldenMixture, Mixture, StudentOnly
 from stable_opd.module import OPDModule
@@ -24,8 +32,10 @@ __all__ = [
     "Evidence",
     "ExactMatch",
     "Finish",
+    "ForwardKL",
     "GoldenMixture",
     "InProcessEngine",
+    "JensenShannon",
     "Linear",
     "LocalTeacher",
     "LoopStop",
@@ -49,6 +59,7 @@ __all__ = [
     "StudentOnly",
     "Task",
     "Teacher",
+    "TeacherTopK",
     "Temperature",
     "TokenLoss",
     "TopP",

@@ -10,7 +10,7 @@ OVERLAP_K = 16
 
 #: Entries of the vocabulary that are looked at for the means over it, per micro-batch. Finding the likeliest tokens
 #: costs more than the loss does, and a mean needs no more than some hundred positions.
-ENTRIES = 2**21
+ENTRIES = 2**20
 
 
 def overlap(student: Tensor, teacher: Tensor) -> Tensor:

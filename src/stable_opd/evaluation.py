@@ -1,6 +1,7 @@
 """Grading answers and measuring them, for validation and test."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torchmetrics import MetricCollection
 from stable_opd.metrics.collections import evaluation_metrics
 from stable_opd.repetition import RepetitionDetector
 from stable_opd.samplers import Sampler, Temperature
-from stable_opd.types import Prompts, Rollout
+from stable_opd.types import Prompts, Repetition, Rollout
 
 
 def grades(prompts: Prompts, rollout: Rollout) -> list[float]:
@@ -18,6 +19,20 @@ def grades(prompts: Prompts, rollout: Rollout) -> list[float]:
         return []
     places = rollout.prompt.tolist()
     return [prompts.task.grade(text, prompts.fields[place]) for text, place in zip(rollout.texts, places, strict=True)]
+
+
+def records(prompts: Prompts, rollout: Rollout, repetition: Repetition) -> list[dict[str, Any]]:
+    """Return one record for each answer, in the order of the rows: the fields of its prompt, and what became of it."""
+    columns = {
+        "index": prompts.index,
+        "completion": rollout.texts,
+        "tokens": rollout.lengths.tolist(),
+        "truncated": rollout.truncated.tolist(),
+        "repetitive": repetition.repetitive.tolist(),
+    }
+    columns |= {"grade": grades(prompts, rollout)} if prompts.task else {}
+    answers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [{**fields, **answer} for fields, answer in zip(prompts.fields, answers, strict=True)]
 
 
 class Evaluation(nn.Module):

@@ -72,6 +72,10 @@ class Head:
     bias: Tensor | None = None
     softcap: float | None = None
 
+    def detached(self) -> "Head":
+        """Return a head without gradients; it stays on its device when the model leaves."""
+        return Head(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.softcap)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits of hidden states, (n, H) -> (n, V); no gradient flows."""
         with torch.no_grad():
@@ -111,7 +115,8 @@ def output_head(model: PreTrainedModel, vocabulary: int | None = None) -> Head:
             f"Expected a causal language model whose logits are a linear layer of its last hidden states, but {what} "
             f"({type(model).__name__}). Choose a Llama, Qwen, Mistral or Gemma model."
         )
-    weight, bias = layer.weight, layer.bias
+    weight: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
     if vocabulary is not None and vocabulary < len(weight):  # a slice of all of it would cost a copy in the backward
         weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
     return Head(weight, bias, getattr(config, "final_logit_softcapping", None))

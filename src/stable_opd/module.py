@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,16 +20,19 @@ from stable_opd.constraints import Constraint
 from stable_opd.data import PromptDataModule
 from stable_opd.divergences import Divergence
 from stable_opd.engines import InProcessEngine, RolloutEngine
-from stable_opd.evaluation import Evaluation, grades
+from stable_opd.evaluation import Evaluation, records
+from stable_opd.memory import MemoryPlan, plan_memory
 from stable_opd.metrics import LengthInflation
 from stable_opd.metrics.collections import training_metrics
 from stable_opd.mixtures import Mixture
 from stable_opd.mixtures.student import student_rows
 from stable_opd.models import context_length, frozen_copy, load_model, load_tokenizer, stop_ids
+from stable_opd.offload import move_state
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.packing import packs
 from stable_opd.preflight import check_context, check_golden, check_term_names
 from stable_opd.randomness import global_seed
+from stable_opd.readers import Readers
 from stable_opd.repetition import RepetitionDetector
 from stable_opd.rollouts import carry_out
 from stable_opd.samplers import Sampler, Temperature
@@ -82,8 +87,8 @@ class OPDModule(LightningModule):
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.rollout_options, self.update_options = rollout, update
         # What serves and does not learn stays out of the module's parameters and checkpoints.
-        self.teacher, self.engine = teacher, engine or InProcessEngine()
-        self._reference: list[PreTrainedModel] = []
+        self.readers = Readers(teacher, "reference" in update.offload)
+        self.engine = engine or InProcessEngine()
         self.train_metrics = training_metrics(rollout.max_new_tokens)
         self.evaluation = Evaluation(rollout.max_new_tokens, rollout.eval_temperature)
 
@@ -93,11 +98,6 @@ class OPDModule(LightningModule):
         if self.student is None:
             raise RuntimeError("The student is loaded by the trainer's setup; start a Trainer, or call setup first.")
         return self.student
-
-    @property
-    def reference(self) -> PreTrainedModel | None:
-        """The initial student, if a term needs it; in a list, because a module would be trained and checkpointed."""
-        return self._reference[0] if self._reference else None
 
     @property
     def own_terms(self) -> dict[str, LossTerm]:
@@ -124,13 +124,12 @@ class OPDModule(LightningModule):
             self.stop = stop_ids(self.student, self.tokenizer)
         contexts = {"student": context_length(self.student)}
         if stage == "fit":
-            if not self._reference and any(
-                term.needs_reference for term in (self.own_terms | self.other_terms).values()
-            ):
+            needed = any(term.needs_reference for term in (self.own_terms | self.other_terms).values())
+            if needed and self.readers.reference is None:
                 # Before a checkpoint is restored: the reference is the initial student.
-                self._reference.append(frozen_copy(self.student))
-            self.teacher.setup(self.student_path, self.tokenizer, self.device)
-            contexts["teacher"] = self.teacher.context_length
+                self.readers.reference = frozen_copy(self.student)
+            self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
+            contexts["teacher"] = self.readers.teacher.context_length
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PromptDataModule):
             golden = self.mixture.needs_golden and stage == "fit"
@@ -146,9 +145,21 @@ class OPDModule(LightningModule):
                 "The precision 16-mixed scales the gradients, which would be clipped as they are scaled. Use "
                 "bf16-mixed, bf16-true or 32-true."
             )
-        self.teacher.setup(self.student_path, self.tokenizer, self.device)
-        for model in self._reference:
-            nn.Module.to(model, self.device, self.model.dtype)
+        self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
+        self.readers.move(self.device, self.model.dtype)
+        if self.device.type == "cuda" and self.trainer.world_size == 1:  # sharded models need less than the plan says
+            plan = self.memory_plan()
+            rank_zero_info(str(plan))
+            plan.check(torch.cuda.get_device_properties(self.device).total_memory)
+
+    def memory_plan(self) -> MemoryPlan:
+        """Reckon what a training step needs of a device's memory."""
+        data = getattr(self.trainer, "datamodule", None)
+        prompts = (data.batch_size, data.longest_prompt) if isinstance(data, PromptDataModule) else (1, 0)
+        compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else self.model.dtype
+        return plan_memory(
+            self.model, self.readers, self.rollout_options, self.update_options, *prompts, len(self.tokenizer), compute
+        )
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer and its schedule."""
@@ -195,10 +206,11 @@ class OPDModule(LightningModule):
             )
         )
         tally = objective.Tally([*self.own_terms, *self.other_terms], self.device)
+        readings = self.readers.read(work, len(self.tokenizer))
         for number, piece in enumerate(work):
             with nullcontext() if number + 1 == len(work) else self._no_sync():
                 with watch("score"):
-                    result = objective.evaluate(piece, self.model, self.teacher, self.reference, len(self.tokenizer))
+                    result = objective.evaluate(piece, next(readings), self.model, len(self.tokenizer))
                     tally.add(piece, result)
                 with watch("update"):
                     # Strategies average gradients over processes; the shares already sum to one over all of them.
@@ -213,9 +225,14 @@ class OPDModule(LightningModule):
     def _step(self) -> Tensor:
         """Clip the gradients, take the optimizer step, and return the norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.update_options.gradient_clip)
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        optimizer.step()  # type: ignore[union-attr]
-        optimizer.zero_grad()  # type: ignore[union-attr]
+        optimizer, scheduler = cast(LightningOptimizer, self.optimizers()), self.lr_schedulers()
+        resting = "optimizer" in self.update_options.offload
+        if resting:
+            move_state(optimizer.optimizer, self.device)
+        optimizer.step()
+        optimizer.zero_grad()
+        if resting:
+            move_state(optimizer.optimizer, torch.device("cpu"))
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
         return norm
@@ -274,16 +291,7 @@ class OPDModule(LightningModule):
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
         """Answer the prompts greedily; one record for each, in their order."""
         rollout = self.write(batch, student_rows(batch, 1), Temperature(0.0), "prediction")
-        columns = {
-            "index": batch.index,
-            "completion": rollout.texts,
-            "tokens": rollout.lengths.tolist(),
-            "truncated": rollout.truncated.tolist(),
-            "repetitive": self.repetition(rollout).repetitive.tolist(),
-        }
-        columns |= {"grade": grades(batch, rollout)} if batch.task else {}
-        answers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        return [{**fields, **answer} for fields, answer in zip(batch.fields, answers, strict=True)]
+        return records(batch, rollout, self.repetition(rollout))
 
     def _constraints(self) -> dict[str, Constraint]:
         return {name: cast(Constraint, each) for name, each in self.constraints.items()}

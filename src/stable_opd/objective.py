@@ -1,6 +1,6 @@
-"""From a rollout to gradients: who scores which rows, in which micro-batches, with which denominators."""
+"""From a rollout to gradients: which rows in which micro-batches, with which terms and denominators."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,6 @@ from stable_opd.models import output_head
 from stable_opd.reduce import Aggregation, token_shares
 from stable_opd.scoring import HiddenStates, body, micro_batches
 from stable_opd.streaming import Part, StreamedLoss, streamed_loss
-from stable_opd.teachers.base import Teacher
 from stable_opd.terms import LossTerm
 from stable_opd.types import Author, Evidence, Repetition, Rollout
 
@@ -105,29 +104,15 @@ def pieces(
         yield Piece(groups[0].rollout if len(groups) == 1 else rollout.select(torch.cat(ordered)), groups)
 
 
-def evaluate(
-    piece: Piece, student: PreTrainedModel, teacher: Teacher, reference: PreTrainedModel | None, vocabulary: int
-) -> StreamedLoss:
-    """Let the models read a micro-batch and evaluate its terms.
+def evaluate(piece: Piece, parts: Sequence[Part], student: PreTrainedModel, vocabulary: int) -> StreamedLoss:
+    """Let the student read a micro-batch and evaluate the terms.
 
     Args:
         piece: The micro-batch.
+        parts: What the models that do not learn say of it (`Readers.read`).
         student: The model that learns.
-        teacher: Scores the rows if a term needs it.
-        reference: The initial student; scores the rows if a term needs it.
         vocabulary: Size of the shared vocabulary.
     """
-    parts = []
-    for group in piece.groups:
-        needs_teacher = any(term.needs_teacher for term in group.terms.values())
-        needs_reference = any(term.needs_reference for term in group.terms.values())
-        theirs = teacher.score(group.rollout) if needs_teacher else None
-        initial = None
-        if needs_reference and reference is not None:
-            with torch.no_grad():
-                initial = HiddenStates(body(reference, group.rollout), output_head(reference, vocabulary))
-        diagnose = group.on_policy and needs_teacher
-        parts.append(Part(group.terms, group.evidence, group.shares, theirs, initial, diagnose))
     return streamed_loss(HiddenStates(body(student, piece.rollout), output_head(student, vocabulary)), parts)
 
 
@@ -171,5 +156,5 @@ class Tally:
         losses, values, sums_, counts_ = scalars.split([len(self.losses), len(self.values), len(sums), len(counts)])
         logged = {f"loss/{name}": loss for name, loss in zip(self.losses, losses, strict=True)}
         logged |= {f"value/{name}": value for name, value in zip(self.values, values, strict=True)}
-        logged |= {name: mean for name, mean in zip(self.MEANS, sums_ / counts_.clamp(min=1), strict=False)}
+        logged |= dict(zip(self.MEANS if found else [], sums_ / counts_.clamp(min=1), strict=True))
         return {"loss": losses.sum(), **logged}

@@ -1,6 +1,7 @@
 """Groups of plain settings of the module; every one is a key in YAML."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from stable_opd.reduce import Aggregation
 
@@ -38,11 +39,14 @@ class UpdateOptions:
         micro_batch_tokens: Tokens, padding included, that go through the models at once; bounds the memory and does not
             change the result.
         gradient_clip: Largest norm of the gradient.
+        offload: What rests in the host's memory while it is not in use: ``optimizer``, ``reference``. It makes room on
+            a GPU for the phases that do without, and costs the time of moving it twice in every step.
     """
 
     aggregation: Aggregation = "sequence_mean"
     micro_batch_tokens: int = 16_384
     gradient_clip: float = 1.0
+    offload: tuple[Literal["optimizer", "reference"], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""

@@ -182,7 +182,7 @@ def _attend_groups(
     """Attend group by group, each padded to a rectangle."""
     parts = []
     for group in packing.groups:
-        rows = (
+        queries, keys, values = (
             _Pad.apply(each, group).view(group.rows, group.width, *each.shape[1:]).transpose(1, 2)  # type: ignore[no-untyped-call]
             for each in (q, k, v)
         )
@@ -191,7 +191,13 @@ def _attend_groups(
             ones = torch.ones(group.width, group.width, dtype=torch.bool, device=q.device)
             band = ones.tril().triu(1 - sliding_window)
         out = F.scaled_dot_product_attention(
-            *rows, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            queries,
+            keys,
+            values,
+            attn_mask=band,
+            is_causal=band is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         parts.append(_Unpad.apply(out.transpose(1, 2).flatten(0, 1), group))  # type: ignore[no-untyped-call]
     return parts[0] if len(parts) == 1 and len(packing.lengths) == 1 else torch.cat(parts)[packing.order]
@@ -203,8 +209,9 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 def packs(model: PreTrainedModel) -> bool:
     """Return whether rows can be packed for a model, and have its attention look at the packing if so."""
-    config = model.config.get_text_config()
-    if config.model_type not in PACKABLE or getattr(config, "attention_dropout", 0):
+    config: Any = model.config.get_text_config()
+    dropout: float = getattr(config, "attention_dropout", 0.0)
+    if config.model_type not in PACKABLE or dropout:
         return False
     if model.config._attn_implementation != PACKED:
         model.set_attn_implementation(PACKED)

@@ -68,7 +68,8 @@ def body(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     if not packs(model):
         return _padded_body(model, rollout)[rollout.row, predicting]
     packing = rollout.packing
-    row = torch.arange(len(rollout), device=packing.device).repeat_interleave(rollout.prompt_lengths + rollout.lengths - 1)
+    read = rollout.prompt_lengths + rollout.lengths - 1  # the last token of a row predicts nothing
+    row = torch.arange(len(rollout), device=packing.device).repeat_interleave(read)
     hidden: Tensor = model.base_model(
         input_ids=rollout.tokens[rollout.starts[row] + packing.positions][None],
         position_ids=packing.positions[None],

@@ -85,11 +85,11 @@ def streamed_loss(student: HiddenStates, parts: Sequence[Part]) -> StreamedLoss:
 def tile_size(vocabulary: int, device: torch.device) -> int:
     """Return how many positions are treated at once.
 
-    On a CPU the tile should stay in the cache while it is worked on, but a few dozen positions are needed for each read
-    of the head's weight to pay. On a GPU some hundred positions saturate the matrix units.
+    On a CPU the tile (4 MiB for each model) should stay in the cache while it is worked on, but some dozen positions
+    are needed for each read of the head's weight to pay. On a GPU some hundred positions saturate the matrix units.
     """
     if device.type == "cpu":
-        return max(64, 2**20 // (4 * vocabulary))
+        return max(64, 2**22 // (4 * vocabulary))
     return max(512, 2**26 // (4 * vocabulary))
 
 
@@ -131,11 +131,9 @@ class _Backward:
         if self.bias is not None:
             self.bias += in_logits.sum(0)
 
-    def results(self) -> list[Tensor | None]:
-        """Return the gradients of states, weight and bias in the precision of what they are gradients of."""
-        weight = None if self.weight is None else self.weight.to(self.head.weight.dtype)
-        bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
-        return [self.states, weight, bias]
+    def results(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """Return the gradients of states, weight and bias, the latter two in the precision of the parameters."""
+        return [self.states, *(None if each is None else each.to(dtype) for each in (self.weight, self.bias))]
 
 
 class _InLogits:
@@ -174,6 +172,9 @@ class _Job:
     def __init__(self, parts: Sequence[Part], softcap: float | None, device: torch.device) -> None:
         names = [name for part in parts for name in part.terms]
         self.parts, self.softcap = parts, softcap
+        # The products are those of the mixed precision that is asked for; on a CPU float32 is as fast and more exact.
+        mixed = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+        self.mixed = torch.get_autocast_dtype("cuda") if mixed else None
         self.losses = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
         self.values = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
         self.diagnostics = Diagnostics()
@@ -182,7 +183,7 @@ class _Job:
         self, states: Tensor, weight: Tensor, bias: Tensor | None, train_head: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Return the loss, and its gradients with respect to states, head weight and head bias."""
-        head = Head(weight, bias, self.softcap)
+        head = Head(weight if self.mixed is None else weight.to(self.mixed), bias, self.softcap)
         backward = _Backward(states, head, train_head)
         start = 0
         for part in self.parts:
@@ -193,7 +194,7 @@ class _Job:
                 backward.add(slice(start + tile.start, start + tile.stop), student.states[tile], in_logits)
             start += len(part.shares)
         losses = [*self.losses.values(), torch.zeros((), dtype=torch.float32, device=states.device)]
-        return torch.stack(losses).sum(), backward.results()
+        return torch.stack(losses).sum(), backward.results(weight.dtype)
 
     def _whole_rows(self, part: Part, student: HiddenStates) -> Tensor | None:
         """Call the terms that follow a row; return the slope of their loss in the student's log-probs, (n,)."""

@@ -37,7 +37,8 @@ class LossTerm(Component, nn.Module):
         """Return what `forward` returns and the gradient of each loss in the student's logits, if it is known.
 
         It spares a term of the whole vocabulary the passes of autograd. It has to agree with `forward`, which is what
-        happens where it is None, as it is here.
+        happens where it is None, as it is here. The log-probs are finite, as those of a head are, and what is returned
+        has to be finite too, also where the term does not speak.
 
         Returns:
             The losses, without a graph, and d loss_i / d logits_i at each position, (n, V), in memory of its own.

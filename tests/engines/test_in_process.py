@@ -1,173 +1,137 @@
-"""Generation against the model's own `generate` and full forward passes."""
+"""The library's own decoder against the models whose layers it writes out, and what it leaves to others."""
+
+import logging
 
 import pytest
 import torch
+from torch import nn
 
-from helpers import EOS, VOCABULARY, chi_square_limit, tiny_model
-from stable_opd import Finish, InProcessEngine, Sampler, Temperature, TopP
-from stable_opd.engines import Request
-from stable_opd.randomness import key
-
-PROMPTS = [[12, 3, 13, 5, 10, 2], [12, 1], [12, 7, 10, 2, 11, 9, 13, 1, 8], [12]]
-BUDGET = 24
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(1)
+from families import family_model
+from helpers import EOS, VOCABULARY, tiny_model
+from stable_opd import InProcessEngine, Temperature, TopP, TransformersEngine
+from stable_opd.engines.decoder import obstacle
+from writing import PROMPTS, assert_captured, assert_equal_completions, make_request, own_generate, rows
 
 
-def request(prompt=(0, 1, 2, 3), budget=BUDGET, stop=(EOS,), keys=None, prompts=PROMPTS):
-    keys = [key("test", row) for row in range(len(prompt))] if keys is None else keys
-    return Request(prompts, list(prompt), keys, budget, list(stop))
+def rope(kind, **options):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 100.0, **options}}
 
 
-ENGINE = InProcessEngine
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+MODELS = {
+    "llama": ("llama", {}),
+    "one key head": ("llama", {"num_key_value_heads": 1}),
+    "as many key heads": ("llama", {"num_key_value_heads": 4}),
+    "wide heads": ("llama", {"head_dim": 16, "tie_word_embeddings": True}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "other activation": ("llama", {"hidden_act": "gelu", "rms_norm_eps": 0.3}),
+    "linear rope": ("llama", rope("linear", factor=3.0)),
+    "llama3 rope": ("llama", rope("llama3", **LLAMA3)),
+    "yarn rope": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"rms_norm_eps": 0.3}),
+    "mistral": ("mistral", {}),
+}
+OTHERS = {
+    "gpt_neox": ("gpt_neox", {}, "layers are of the type gpt_neox"),
+    "gemma2": ("gemma2", {"attn_logit_softcapping": 2.0}, "layers are of the type gemma2"),
+    "mistral, window": ("mistral", {"sliding_window": 4}, "within a window of 4 tokens"),
+    "qwen2, window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+        "within a window of 3 tokens",
+    ),
+    "dynamic rope": (
+        "llama",
+        rope("dynamic", factor=2.0) | {"max_position_embeddings": 12},
+        "rotary embedding is of the type dynamic",
+    ),
+}
+each_model = pytest.mark.parametrize(("name", "overrides"), MODELS.values(), ids=MODELS.keys())
+each_other = pytest.mark.parametrize(("name", "overrides", "reason"), OTHERS.values(), ids=OTHERS.keys())
 
 
-def generate(model, sampler, **options):
-    return ENGINE().generate(model, request(**options), sampler)
+def write(model, sampler, engine=InProcessEngine, **options):
+    return engine().generate(model, make_request(**options), sampler)
 
 
-def rows(completions):
-    return [part.tolist() for part in completions.tokens.split(completions.lengths.tolist())]
+@each_model
+@pytest.mark.parametrize("seed", [1, 2])
+def test_greedy_equals_the_models_own_generate(name, overrides, seed):
+    model = family_model(name, seed, **overrides)
+    assert obstacle(model) is None
+    found = rows(write(model, Temperature(0.0), stop=(7, 11)))
+    assert found == [own_generate(model, prompt, (7, 11)) for prompt in PROMPTS]
 
 
-def own_generate(model, prompt, stop, budget=BUDGET):
-    """Greedy decoding by transformers, for one prompt without any padding."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=budget,
-        eos_token_id=list(stop) or None,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
+@each_model
+@pytest.mark.parametrize("sampler", [Temperature(1.5), TopP(0.8, 1.2)], ids=["temperature", "top-p"])
+def test_captured_log_probs_equal_a_full_forward(name, overrides, sampler):
+    model, prompt = family_model(name, **overrides), [2, 0, 1, 0, 3, 3]
+    assert_captured(write(model, sampler, prompt=prompt, stop=()), model, sampler, prompt)
 
 
-# Token 7 or 11 end some of the greedy rows early and leave others going on, whatever the random models like to say.
-@pytest.mark.parametrize("stop", [(EOS,), (7, 11), tuple(range(0, VOCABULARY, 3))], ids=str)
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_greedy_equals_the_models_own_generate_with_ragged_prompts(seed, stop):
-    model = tiny_model(seed)
-    assert rows(generate(model, Temperature(0.0), stop=stop)) == [own_generate(model, p, stop) for p in PROMPTS]
+@each_model
+def test_equal_keys_give_the_rows_of_the_models_own_forward(name, overrides):
+    model, options = family_model(name, **overrides), {"prompt": [2, 0, 1, 0, 3, 3] * 2, "stop": (EOS, 7, 11)}
+    found = write(model, Temperature(1.0), **options)
+    assert_equal_completions(found, write(model, Temperature(1.0), TransformersEngine, **options))
+    assert found.lengths.min() < found.lengths.max()
 
 
-def test_greedy_rows_differ_from_each_other(model):
-    """Otherwise the test above would not notice exchanged rows."""
-    found = rows(generate(model, Temperature(0.0), stop=()))
-    assert len({tuple(row) for row in found}) == len(PROMPTS)
-
-
-@pytest.mark.parametrize("sampler", [Temperature(1.0), Temperature(0.6), TopP(0.8, 1.2)], ids=["t1", "t0.6", "top-p"])
-def test_captured_log_probs_equal_a_full_forward(sampler, model):
-    prompt = [2, 0, 1, 0, 3]
-    completions = generate(model, sampler, prompt=prompt)
-    start = 0
-    for number, row in zip(prompt, rows(completions), strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([PROMPTS[number] + row])).logits[0, len(PROMPTS[number]) - 1 : -1]
-        expected = sampler(logits, torch.zeros(len(row), 0)).log_softmax(-1)[torch.arange(len(row)), row]
-        found = completions.logprobs[start : start + len(row)]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-        start += len(row)
-    assert start == len(completions.tokens) == len(completions.logprobs)
-
-
-@pytest.mark.parametrize("row", range(5))
-def test_row_does_not_depend_on_what_else_is_in_the_batch(row, model):
-    prompt = [2, 0, 1, 0, 3]
-    together = generate(model, Temperature(1.0), prompt=prompt)
-    alone = generate(model, Temperature(1.0), prompt=prompt[row : row + 1], keys=[key("test", row)])
-    assert rows(alone)[0] == rows(together)[row]
-    start = int(together.lengths[:row].sum())
-    torch.testing.assert_close(
-        alone.logprobs, together.logprobs[start : start + len(alone.logprobs)], rtol=0, atol=1e-5
-    )
-    assert alone.finish[0] == together.finish[row]
-
-
-def test_rows_of_one_prompt_differ_by_their_keys_and_equal_keys_give_equal_rows(model):
-    found = rows(generate(model, Temperature(1.0), prompt=[1, 1, 1, 1], keys=[5, 6, 5, 7], stop=()))
-    assert found[0] == found[2]
-    assert len({tuple(row) for row in found}) == 3
-
-
-def test_rows_answer_the_prompt_that_they_name_in_any_order(model):
-    found = rows(generate(model, Temperature(0.0), prompt=[3, 1, 3, 0], stop=()))
-    expected = rows(generate(model, Temperature(0.0), prompt=[0, 1, 2, 3], stop=()))
-    assert found == [expected[3], expected[1], expected[3], expected[0]]
-
-
-@pytest.mark.parametrize("stop", [(7, 11), (EOS,)], ids=str)
-def test_rows_end_with_their_first_stop_token_or_at_the_budget(stop, model):
-    completions = generate(model, Temperature(1.0), prompt=[0, 1, 2, 3] * 8, stop=stop)
-    for row, length, finish in zip(rows(completions), completions.lengths, completions.finish, strict=True):
-        assert len(row) == length
-        if finish == Finish.STOP:
-            assert row[-1] in stop
-            assert not set(row[:-1]) & set(stop)
-        else:
-            assert finish == Finish.LENGTH
-            assert len(row) == BUDGET
-            assert not set(row) & set(stop)
-    assert set(completions.finish.tolist()) == {Finish.STOP, Finish.LENGTH}  # both cases have been seen
-
-
-@pytest.mark.parametrize("budget", [1, 2])
-def test_smallest_budgets(budget, model):
-    completions = generate(model, Temperature(0.0), budget=budget, stop=())
-    assert completions.lengths.tolist() == [budget] * 4
-    assert rows(completions) == [own_generate(model, prompt, (), budget) for prompt in PROMPTS]
-
-
-def test_stop_token_as_the_last_one_of_the_budget_is_a_stop(model):
-    (first, second) = rows(generate(model, Temperature(0.0), prompt=[0], budget=2, stop=()))[0]
-    assert first != second
-    completions = generate(model, Temperature(0.0), prompt=[0], budget=2, stop=(second,))
-    assert completions.finish.tolist() == [Finish.STOP]
-    assert completions.lengths.tolist() == [2]
-
-
-def test_first_tokens_follow_the_models_distribution(model):
-    count = 4000
-    keys = [key("chi", number) for number in range(count)]
-    tokens = generate(model, Temperature(1.0), prompt=[0] * count, budget=1, keys=keys).tokens
+def test_head_with_a_bias():
+    model = family_model("llama")
+    model.set_output_embeddings(nn.Linear(32, VOCABULARY))
     with torch.no_grad():
-        expected = model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1) * count
-    observed = tokens.bincount(minlength=VOCABULARY)
-    assert expected.min() > 1
-    assert ((observed - expected) ** 2 / expected).sum() < chi_square_limit(VOCABULARY - 1)
+        model.get_output_embeddings().bias.normal_()
+    for vocabulary in (None, VOCABULARY - 4):
+        completions = write(model, Temperature(1.0), vocabulary=vocabulary)
+        assert_captured(completions, model, Temperature(1.0), [0, 1, 2, 3], vocabulary)
 
 
-def test_sampler_sees_the_completion_of_each_row_so_far(model):
-    class NoRepeats(Sampler):
-        """Rules out what has been written before."""
-
-        def forward(self, logits, prefix):
-            return logits.scatter(-1, prefix, -float("inf"))
-
-    completions = generate(model, NoRepeats(), prompt=[0, 1, 2, 3] * 3, budget=VOCABULARY - 1, stop=(EOS,))
-    for row in rows(completions):
-        assert len(set(row)) == len(row)
-    assert completions.lengths.min() < completions.lengths.max()  # some left the batch before others
-
-
-def test_model_is_left_as_it_was(model):
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    completions = generate(model, Temperature(1.0))
-    assert torch.rand(1) == expected  # nor is the global generator moved
-    assert not completions.logprobs.requires_grad
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+def test_weights_are_read_anew_each_time():
+    """The student learns between two rollouts."""
+    model, engine = tiny_model(1), InProcessEngine()
+    before = engine.generate(model, make_request(), Temperature(0.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    after = engine.generate(model, make_request(), Temperature(0.0))
+    assert rows(after) != rows(before)
+    assert rows(after) == [own_generate(model, prompt, (EOS,)) for prompt in PROMPTS]
 
 
-def test_bfloat16_model_writes_and_captures_float32_log_probs():
-    completions = generate(tiny_model(1).bfloat16(), Temperature(1.0))
-    assert completions.logprobs.dtype == torch.float32
-    assert completions.logprobs.isfinite().all()
+def test_prompt_that_nobody_answers_costs_no_room():
+    model = tiny_model(1)
+    prompts = [*PROMPTS, [1] * 5000]  # more than the model can read
+    assert rows(write(model, Temperature(0.0), prompts=prompts)) == rows(write(model, Temperature(0.0)))
+
+
+@each_other
+def test_model_of_other_layers_is_left_to_its_own_forward(name, overrides, reason, caplog):
+    model, engine = family_model(name, **overrides), InProcessEngine()
+    options = {"prompt": [2, 0, 1, 0, 3, 3], "stop": (EOS, 7)}
+    with caplog.at_level(logging.WARNING):
+        found = engine.generate(model, make_request(**options), Temperature(1.0))
+        assert len(caplog.records) == 1
+        assert "model's own forward, which is slower" in caplog.text
+        assert reason in caplog.text
+        engine.generate(model, make_request(**options), Temperature(1.0))
+        assert len(caplog.records) == 1  # once is enough
+    assert_equal_completions(found, write(model, Temperature(1.0), TransformersEngine, **options), atol=0)
+    for number, prompt in enumerate(PROMPTS):  # one by one, because a dynamic rotary embedding looks at the whole batch
+        assert rows(write(model, Temperature(0.0), prompt=[number])) == [own_generate(model, prompt, (EOS,))]
+
+
+def test_each_reason_is_said(caplog):
+    engine = InProcessEngine()
+    with caplog.at_level(logging.WARNING):
+        for name, overrides, _ in OTHERS.values():
+            engine.generate(family_model(name, **overrides), make_request(budget=1), Temperature(0.0))
+    assert len(caplog.records) == len(OTHERS)
+
+
+def test_nothing_is_said_of_a_model_that_can_be_decoded(caplog):
+    with caplog.at_level(logging.DEBUG, logger="stable_opd"):
+        write(family_model("llama"), Temperature(0.0))
+    assert caplog.records == []

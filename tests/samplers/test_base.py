@@ -24,6 +24,40 @@ def test_logprobs_are_those_of_the_drawn_tokens():
     torch.testing.assert_close(logprobs, expected)
 
 
+@pytest.mark.parametrize("logit", [-10.0, -40.0, -80.0])
+def test_logprob_of_a_very_unlikely_and_of_a_certain_token(logit):
+    """A probability of 1e-35 is a float32 like any other, and its logarithm is as exact."""
+    logits = torch.tensor([[logit, 0.0, -float("inf"), logit]]).expand(2, 4)
+    tokens, logprobs = draw(logits, torch.tensor([0.0, 0.5]))
+    assert tokens.tolist() == [0, 1]
+    expected = torch.distributions.Categorical(logits=logits.double()).log_prob(tokens)
+    torch.testing.assert_close(logprobs, expected.float(), rtol=1e-6, atol=1e-7)
+
+
+def test_each_token_gets_its_share_of_the_numbers():
+    """Numbers that are evenly spaced fall on each token as often as it is likely, but for the two at its borders."""
+    logits = 3 * torch.randn(40, generator=torch.Generator().manual_seed(0))
+    logits[[0, 7, 39]] = -float("inf")
+    count = 2**14
+    tokens, _ = draw(logits.expand(count, 40), (torch.arange(count) + 0.5) / count)
+    expected = logits.double().softmax(-1) * count
+    assert (tokens.bincount(minlength=40) - expected).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, ALMOST_ONE])
+@pytest.mark.parametrize("nothing", [-float("inf"), float("nan")])
+def test_where_nothing_can_be_drawn_the_logprob_tells(uniform, nothing):
+    """The other rows are drawn as ever."""
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    expected, expected_logprobs = draw(logits, torch.full((3,), uniform))
+    logits[1] = nothing
+    tokens, logprobs = draw(logits, torch.full((3,), uniform))
+    assert logprobs.isfinite().tolist() == [True, False, True]
+    assert tokens[[0, 2]].tolist() == expected[[0, 2]].tolist()
+    assert logprobs[[0, 2]].tolist() == expected_logprobs[[0, 2]].tolist()
+    assert 0 <= tokens[1] < 7
+
+
 def test_inverts_the_cumulative_distribution():
     logits = torch.tensor([[0.125, 0.5, 0.25, 0.125]]).log()
     uniform = [0.0, 0.12, 0.13, 0.6, 0.63, 0.87, 0.88, ALMOST_ONE]

@@ -14,7 +14,8 @@ def test_scores_are_those_of_the_model_in_the_folder(teacher_path):
     rollout = make_rollout([[1, 2, 3]], [[4, 5]])
     with torch.no_grad():
         expected = tiny_model(2)(torch.tensor([[4, 5, 1, 2, 3]])).logits[0, 1:4].log_softmax(-1)
-    torch.testing.assert_close(teacher.score(rollout).logprobs(slice(None)), expected, rtol=1e-4, atol=1e-5)
+    scored = teacher.score(rollout)
+    torch.testing.assert_close(scored.head.logits(scored.states).log_softmax(-1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_model_is_frozen_in_evaluation_mode_and_scores_carry_no_gradient(teacher_path):
@@ -56,4 +57,5 @@ def test_a_model_padded_to_a_larger_vocabulary_is_cut_to_the_shared_one(tmp_path
     path = save(tiny_model(5, vocab_size=len(TOKENIZER) + 9), tmp_path)
     teacher = LocalTeacher(path)
     teacher.setup("student", TOKENIZER, CPU)
-    assert teacher.score(make_rollout([[1, 2]])).logprobs(slice(None)).shape == (2, len(TOKENIZER))
+    scored = teacher.score(make_rollout([[1, 2]]))
+    assert scored.head.logits(scored.states).shape == (2, len(TOKENIZER))

@@ -60,3 +60,28 @@ class ReverseKL(Divergence):
         """Return the divergence and its gradient in the logits."""
         loss, gradient = reverse_kl_and_gradient(evidence.student, evidence.teacher)
         return TokenLoss(loss, loss, evidence.written_by(Author.STUDENT)), gradient
+
+
+class ForwardKL(Divergence):
+    """Forward KL from the teacher, exact over the whole vocabulary.
+
+        KL(q || p) = sum_v q_v (log q_v - log p_v) at every position of the student's own rollouts
+
+    Mass-covering: the student is asked to spread over all that the teacher finds likely, also where it would rather
+    not go. Prefer `ReverseKL` for a student that is much smaller than its teacher.
+
+    Source: Agarwal et al. 2024 (GKD, arXiv 2306.13649).
+    """
+
+    support: ClassVar[Support] = "full"
+
+    def forward(self, evidence: Evidence) -> TokenLoss:
+        """Return the divergence of each position."""
+        loss = reverse_kl(evidence.teacher.logprobs, evidence.student.logprobs)
+        return TokenLoss(loss, loss.detach(), evidence.written_by(Author.STUDENT))
+
+    def closed_form(self, evidence: Evidence) -> tuple[TokenLoss, Tensor]:
+        """Return the divergence and its gradient in the logits, p_v - q_v."""
+        student, teacher = evidence.student, evidence.teacher
+        loss = torch.linalg.vecdot(teacher.probs, teacher.logprobs - student.logprobs)
+        return TokenLoss(loss, loss, evidence.written_by(Author.STUDENT)), student.probs - teacher.probs

@@ -50,6 +50,21 @@ class Completions:
     finish: Tensor
 
 
+def check_drawn(completions: Completions) -> None:
+    """Make sure that every token was drawn from a distribution.
+
+    Raises:
+        ValueError: If some were not.
+    """
+    wrong = int((~completions.logprobs.isfinite()).sum())
+    if wrong:
+        raise ValueError(
+            f"{wrong} of {len(completions.logprobs)} tokens have no finite log-prob: the student's logits are not "
+            "finite, or the sampler ruled out every token. Look at train/grad_norm before this step, lower the "
+            "learning rate, or try another sampler."
+        )
+
+
 class RolloutEngine(Component):
     """Who runs generation; it serves and does not learn, so it is no module and is in no checkpoint."""
 

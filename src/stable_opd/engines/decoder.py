@@ -32,14 +32,12 @@ def obstacle(model: PreTrainedModel) -> str | None:
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rotary not in FIXED_ROTARY:
         return f"its rotary embedding is of the type {rotary}"
-    windows = [layer.self_attn.sliding_window for layer in model.base_model.layers if _windowed(layer)]
-    if windows:
-        return f"it attends within a window of {windows[0]} tokens"
-    return None
-
-
-def _windowed(layer: Any) -> bool:
-    return getattr(layer.self_attn, "sliding_window", None) is not None
+    base: Any = model.base_model
+    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in base.layers]
+    if config.model_type == "mistral":  # whose layers read it from the config
+        windows.append(config.sliding_window)
+    window = next((each for each in windows if each is not None), None)
+    return None if window is None else f"it attends within a window of {window} tokens"
 
 
 class _Layer(NamedTuple):
@@ -67,15 +65,16 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, length: int, vocabulary: int | None, dtype: torch.dtype) -> None:
-        config, base = model.config.get_text_config(), model.base_model
+        config = model.config.get_text_config()
+        base: Any = model.base_model
         attention: Any = base.layers[0].self_attn
         self.width, self.heads = attention.head_dim, config.num_attention_heads
         self.key_heads = config.num_key_value_heads
         self.scaling, self.epsilon = attention.scaling, config.rms_norm_eps
         self.activation: Callable[[Tensor], Tensor] = base.layers[0].mlp.act_fn
-        self.embedding = base.embed_tokens.weight.to(dtype)
+        self.embedding: Tensor = base.embed_tokens.weight.to(dtype)
         self.layers = [self._layer(layer, dtype) for layer in base.layers]
-        self.norm = base.norm.weight.to(dtype)
+        self.norm: Tensor = base.norm.weight.to(dtype)
         head = output_head(model, vocabulary)
         self.head = Head(head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype), head.softcap)
         cos, sin = base.rotary_emb(self.embedding.float(), torch.arange(length, device=self.embedding.device)[None])
@@ -100,8 +99,8 @@ class Decoder:
             qk_norm = torch.cat([q_norm.expand(self.heads, -1), k_norm.expand(self.key_heads, -1)]).to(dtype)
         joined = torch.cat([_reorder(q, pairs), _reorder(k, pairs), v]) * layer.input_layernorm.weight
         widened = torch.cat([gate, up]) * layer.post_attention_layernorm.weight
-        qkv_bias = None if q_bias is None else torch.cat([_reorder(q_bias, pairs), _reorder(k_bias, pairs), v_bias])
-        widened_bias = None if gate_bias is None else torch.cat([gate_bias, up_bias])
+        qkv_bias = _join(*(None if each is None else _reorder(each, pairs) for each in (q_bias, k_bias)), v_bias)
+        widened_bias = _join(gate_bias, up_bias)
         matrices = (joined, qkv_bias), (out, out_bias), (widened, widened_bias), (down, down_bias)
         (joined, qkv_bias), (out, out_bias), (widened, widened_bias), (down, down_bias) = (
             (weight.to(dtype).T.contiguous(), None if bias is None else bias.to(dtype)) for weight, bias in matrices
@@ -137,15 +136,22 @@ class Decoder:
             x = self._finish(layer, x, attend_packed(q, k, v, packing, self.scaling).flatten(1))
         return self._logits(x[packing.starts + lengths - 1])
 
-    def step(self, tokens: Tensor, rotation: Tensor, cache: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    def step(
+        self,
+        tokens: Tensor,
+        rotation: Tensor,
+        cache: Sequence[Tensor],
+        bias: Tensor | None,
+        column: Tensor | None = None,
+    ) -> Tensor:
         """Read one more token of each row.
 
         Args:
             tokens: (rows,).
             rotation: Rows of `rotation` for their positions, (rows, heads + 2 key heads, d / 2).
-            cache: Of each layer, the columns that are attended to, (2, rows, key heads, columns, d); the token is
-                written into the last one.
+            cache: Of each layer, the columns that are attended to, (2, rows, key heads, columns, d).
             bias: Added to the scores of the columns, (rows, 1, 1, columns), where some are not to be seen.
+            column: Which column to write the token into, (1,); none is the last one.
 
         Returns:
             Logits of the next token, (rows, V) float32.
@@ -153,7 +159,11 @@ class Decoder:
         x = self.embedding[tokens]
         for layer, cells in zip(self.layers, cache, strict=True):
             qkv = self._project(layer, x, rotation)
-            cells[:, :, :, -1] = qkv[:, self.heads :].unflatten(1, (2, -1)).transpose(0, 1)
+            written = qkv[:, self.heads :].unflatten(1, (2, -1)).transpose(0, 1)
+            if column is None:
+                cells[:, :, :, -1] = written
+            else:
+                cells.index_copy_(3, column, written.unsqueeze(3))
             x = self._finish(layer, x, self._attend(qkv[:, : self.heads], cells, bias))
         return self._logits(x)
 
@@ -179,7 +189,8 @@ class Decoder:
             count = len(layer.qk_norm)
             qkv[:, :count] = F.rms_norm(qkv[:, :count], (self.width,), None, self.epsilon) * layer.qk_norm
         turned = torch.view_as_complex(qkv.float().unflatten(-1, (-1, 2))).mul_(rotation)
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+        rotated: Tensor = torch.view_as_real(turned).flatten(-2).to(x.dtype)
+        return rotated
 
     def _finish(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
         """Return what a layer makes of its input (n, H) and of what attention gathered (n, heads d)."""
@@ -194,7 +205,8 @@ class Decoder:
         if x.is_cuda:
             return F.rms_norm(x, x.shape[-1:], None, self.epsilon)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return x * norm.square_().div_(x.shape[-1]).add_(self.epsilon).rsqrt_().to(x.dtype)
+        normalised: Tensor = x * norm.square_().div_(x.shape[-1]).add_(self.epsilon).rsqrt_().to(x.dtype)
+        return normalised
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.head.logits(self._normalised(x) * self.norm)
@@ -204,6 +216,12 @@ def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
 
 
+def _join(*biases: Tensor | None) -> Tensor | None:
+    """Join biases, all of which are there or none."""
+    present = [each for each in biases if each is not None]
+    return torch.cat(present) if present else None
+
+
 def _pairs(width: int, device: torch.device) -> Tensor:
     """Return the order in which channels that rotate together are neighbours: 0, d/2, 1, d/2 + 1, ..."""
     return torch.arange(width, device=device).view(2, -1).T.flatten()
@@ -211,7 +229,8 @@ def _pairs(width: int, device: torch.device) -> Tensor:
 
 def _reorder(weight: Tensor, order: Tensor) -> Tensor:
     """Reorder the output channels within each head, (heads d, ...)."""
-    return weight.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+    reordered: Tensor = weight.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+    return reordered
 
 
 def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor | None]:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stable_opd.engines.base import Completions, Request, RolloutEngine
+from stable_opd.engines.base import Completions, Request, RolloutEngine, check_drawn
 from stable_opd.engines.decoder import Decoder, obstacle
+from stable_opd.engines.replay import ReplayedStep, recordable
 from stable_opd.engines.transformers import TransformersEngine
 from stable_opd.packing import Packing
 from stable_opd.randomness import uniforms
@@ -70,7 +71,9 @@ class InProcessEngine(RolloutEngine):
             batch.write(sampler)
             inside = torch.arange(request.max_new_tokens, device=device) < batch.lengths[:, None]
             written = batch.tokens[inside], batch.logprobs[inside], batch.lengths, batch.finish
-        return Completions(*(each.clone() for each in written))  # tensors that autograd may keep
+        completions = Completions(*(each.clone() for each in written))  # tensors that autograd may keep
+        check_drawn(completions)
+        return completions
 
     def _say(self, message: str) -> None:
         if message not in self._said:
@@ -114,6 +117,8 @@ class _Batch:
         self.going = torch.ones(len(prompt), dtype=torch.bool, device=device)
         self.stops = torch.zeros(len(decoder.embedding), dtype=torch.bool, device=device)
         self.stops[torch.tensor(list(request.stop), dtype=torch.long, device=device)] = True
+        self.replayed: ReplayedStep | None = None
+        self.first, self.bias = 0, None  # type: int, Tensor | None
         self._arrange()
 
     def write(self, sampler: Sampler) -> None:
@@ -136,6 +141,11 @@ class _Batch:
 
     def _advance(self, tokens: Tensor, column: int) -> None:
         """Append one token to each live row."""
+        if recordable(tokens.device):
+            if self.replayed is None or self.replayed.width <= column:
+                self.replayed = ReplayedStep(self.decoder, self.cells, self.starts, column)
+            self.logits = self.replayed(tokens, column)
+            return
         first, last = self.first, column + 1
         cells = [layer[..., first:last, :] for layer in self.cells]
         bias = None if self.bias is None else self.bias[..., first:last]
@@ -156,8 +166,8 @@ class _Batch:
         count = int(self.going.sum())
         if done == self.budget or count == 0:
             self._keep(self.going & False)
-        # Moving the rest costs about as much as reading it once.
-        elif count <= 0.9 * len(self.rows):
+        # Moving the rest costs about as much as reading it once; on a GPU a new step is recorded besides.
+        elif count <= (0.5 if recordable(self.starts.device) else 0.9) * len(self.rows):
             self._keep(self.going)
 
     def _end(self, ended: Tensor, length: Tensor, reason: int) -> None:
@@ -180,6 +190,7 @@ class _Batch:
         """Make the views of the cache that the live rows need."""
         count = len(self.rows)
         self.cells = [layer[:, :count] for layer in self.cache]
+        self.replayed = None
         self.first = int(self.starts.min())
         self.bias = None
         if self.first != int(self.starts.max()):

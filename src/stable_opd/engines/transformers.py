@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from stable_opd.engines.base import Completions, Request, RolloutEngine
+from stable_opd.engines.base import Completions, Request, RolloutEngine, check_drawn
 from stable_opd.randomness import uniforms
 from stable_opd.samplers.base import Sampler, draw
 from stable_opd.types import Finish
@@ -43,7 +43,9 @@ class TransformersEngine(RolloutEngine):
                 break
             batch.advance(drawn)
         inside = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-        return Completions(tokens[inside], logprobs[inside], lengths, finish)
+        completions = Completions(tokens[inside], logprobs[inside], lengths, finish)
+        check_drawn(completions)
+        return completions
 
 
 class _Batch:

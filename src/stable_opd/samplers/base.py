@@ -62,11 +62,12 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         uniform: Numbers in [0, 1), (B,).
 
     Returns:
-        Tokens (B,) and their log-probs (B,), both under the given logits.
+        Tokens (B,) and their log-probs (B,), both under the given logits; nan where no token can be drawn.
     """
     cumulative = (probs := torch.softmax(logits.float(), -1)).cumsum(-1)
     total = cumulative[:, -1:]
     # Below the total even after rounding: then the first entry above it is one with a positive probability.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True)
+    # Where every token is ruled out nothing is right, but the index is one all the same; the log-prob tells.
+    tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
     return tokens.squeeze(1), probs.gather(1, tokens).squeeze(1).log()

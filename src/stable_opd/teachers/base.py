@@ -1,6 +1,7 @@
 """The contract of a teacher: who scores the student's tokens."""
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -28,6 +29,18 @@ class Teacher(Component):
         Raises:
             ValueError: If this teacher cannot score that student.
         """
+
+    #: Whether `present` costs time, so that all rows are to be scored in one go.
+    offload: bool = False
+
+    def present(self) -> AbstractContextManager[None]:
+        """Have what scoring needs in place for the time of a context; nothing has to be moved here."""
+        return nullcontext()
+
+    @property
+    def footprint(self) -> int:
+        """Bytes that it occupies on the device; 0 for one that runs elsewhere."""
+        return 0
 
     @abstractmethod
     def score(self, rollout: Rollout) -> HiddenStates:

@@ -1,10 +1,13 @@
 """A teacher in this process."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stable_opd.models import check_same_vocabulary, context_length, load_model, load_tokenizer, output_head
+from stable_opd.offload import module_bytes, visiting
 from stable_opd.scoring import HiddenStates, body
 from stable_opd.teachers.base import Teacher
 from stable_opd.types import Rollout
@@ -15,10 +18,14 @@ class LocalTeacher(Teacher):
 
     Args:
         path: A folder, a hub name, or one of the testbed's (``testbed:teacher``).
+        offload: Let it rest in the host's memory while it does not score, which makes room on a GPU for the rollouts
+            and the student's update; all rows of a step are then scored in one go. Its head stays until they are used.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, offload: bool = False) -> None:
         self.path = path
+        self.offload = offload
+        self._device = torch.device("cpu")
         self._model: PreTrainedModel | None = None
         self._vocabulary = 0
 
@@ -39,10 +46,20 @@ class LocalTeacher(Teacher):
         check_same_vocabulary(tokenizer, load_tokenizer(self.path), student, self.path)
         if self._model is None:
             self._model = load_model(self.path).requires_grad_(False).eval()
-        nn.Module.to(self._model, device)
+        self._device = device
         self._vocabulary = len(tokenizer)
+        nn.Module.to(self._model, "cpu" if self.offload else device)
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of the model."""
+        return module_bytes(self.model)
+
+    def present(self) -> AbstractContextManager[None]:
+        """Have the model on the device."""
+        return visiting(self.model, self._device) if self.offload else nullcontext()
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> HiddenStates:
         """Read some rows and return the hidden states from which their completion tokens are predicted."""
-        return HiddenStates(body(self.model, rollout), output_head(self.model, self._vocabulary))
+        return HiddenStates(body(self.model, rollout), output_head(self.model, self._vocabulary).detached())

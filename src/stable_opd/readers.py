@@ -1,0 +1,70 @@
+"""The models that read the rows and do not learn from them: the teacher, and the initial student."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stable_opd.models import output_head
+from stable_opd.objective import Group, Piece
+from stable_opd.offload import visiting
+from stable_opd.scoring import HiddenStates, body
+from stable_opd.streaming import Part
+from stable_opd.teachers.base import Teacher
+
+
+class Readers:
+    """Who reads the rows; a plain object, because a module would be trained and checkpointed.
+
+    What they hand over are hidden states, which are a small part of the logits. So a model that rests in the host's
+    memory reads all micro-batches in one go, and leaves before the student learns.
+
+    Args:
+        teacher: Scores the rows that a term needs it for.
+        offload_reference: Let the initial student rest in the host's memory while it does not read.
+    """
+
+    def __init__(self, teacher: Teacher, offload_reference: bool = False) -> None:
+        self.teacher = teacher
+        self.reference: PreTrainedModel | None = None
+        self.offload_reference = offload_reference
+        self._device = torch.device("cpu")
+
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Let the reference read on a device, in a precision."""
+        self._device = device
+        if self.reference is not None:
+            nn.Module.to(self.reference, "cpu" if self.offload_reference else device, dtype)
+
+    def read(self, work: Sequence[Piece], vocabulary: int) -> Iterator[list[Part]]:
+        """Read micro-batches.
+
+        Args:
+            work: The micro-batches.
+            vocabulary: Size of the shared vocabulary.
+
+        Yields:
+            For each micro-batch, what is asked of its groups and what it takes to answer.
+        """
+        if not (self.teacher.offload or self.offload_reference):
+            for piece in work:
+                yield [self._read(group, vocabulary) for group in piece.groups]
+            return
+        initial = self.reference if self.offload_reference else None
+        with self.teacher.present(), nullcontext() if initial is None else visiting(initial, self._device):
+            everything = [[self._read(group, vocabulary) for group in piece.groups] for piece in work]
+        yield from everything
+
+    def _read(self, group: Group, vocabulary: int) -> Part:
+        """Let those models read some rows that a term needs."""
+        needs_teacher = any(term.needs_teacher for term in group.terms.values())
+        theirs = self.teacher.score(group.rollout) if needs_teacher else None
+        initial = None
+        if self.reference is not None and any(term.needs_reference for term in group.terms.values()):
+            with torch.no_grad():
+                head = output_head(self.reference, vocabulary).detached()
+                initial = HiddenStates(body(self.reference, group.rollout), head)
+        diagnose = group.on_policy and needs_teacher
+        return Part(group.terms, group.evidence, group.shares, theirs, initial, diagnose)
