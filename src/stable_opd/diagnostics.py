@@ -10,7 +10,10 @@ OVERLAP_K = 16
 
 #: Entries of the vocabulary that are looked at for the means over it, per micro-batch. Finding the likeliest tokens
 #: costs more than the loss does, and a mean needs no more than some hundred positions.
-ENTRIES = 2**20
+ENTRIES = 2**19
+
+#: Positions that are looked at in any case.
+POSITIONS = 64
 
 
 def overlap(student: Tensor, teacher: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ class Diagnostics:
         """
         self.put("student", student.sampled)
         self.put("teacher", teacher.sampled)
-        stride = max(1, count * student.logprobs.shape[-1] // ENTRIES)
+        stride = max(1, count // max(POSITIONS, ENTRIES // student.logprobs.shape[-1]))
         ours, theirs = (each.logprobs[-start % stride :: stride] for each in (student, teacher))
         self.put("entropy_student", entropy(ours))
         self.put("entropy_teacher", entropy(theirs))

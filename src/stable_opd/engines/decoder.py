@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stable_opd.models import Head, output_head
@@ -41,7 +41,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 
 class _Layer(NamedTuple):
-    """The matrices of one layer; products are written for x @ matrix, and the weights of the norms are in them."""
+    """The matrices of one layer, for products x @ matrix; norms and the scale of the scores are in them."""
 
     qkv: Tensor  # (H, (heads + 2 key heads) d)
     qkv_bias: Tensor | None
@@ -71,10 +71,16 @@ class Decoder:
         self.width, self.heads = attention.head_dim, config.num_attention_heads
         self.key_heads = config.num_key_value_heads
         self.scaling, self.epsilon = attention.scaling, config.rms_norm_eps
-        self.activation: Callable[[Tensor], Tensor] = base.layers[0].mlp.act_fn
-        self.embedding: Tensor = base.embed_tokens.weight.to(dtype)
+        self.activation: Callable[[Tensor], Tensor] = (
+            F.silu if config.hidden_act == "silu" else base.layers[0].mlp.act_fn
+        )
+        self.embedding: Tensor = _rows(base.embed_tokens).to(dtype)
+        # RMSNorm is x / |x| times the root of the width, but for the epsilon; the root goes into what comes next.
+        self.root = config.hidden_size**0.5
+        self.least = self.embedding.new_tensor(self.root * self.epsilon**0.5, dtype=torch.float32)
+        self.unit = torch.full_like(base.norm.weight, 1 / self.root, dtype=dtype)
         self.layers = [self._layer(layer, dtype) for layer in base.layers]
-        self.norm: Tensor = base.norm.weight.to(dtype)
+        self.norm: Tensor = (base.norm.weight * self.root).to(dtype)
         head = output_head(model, vocabulary)
         self.head = Head(head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype), head.softcap)
         cos, sin = base.rotary_emb(self.embedding.float(), torch.arange(length, device=self.embedding.device)[None])
@@ -96,9 +102,12 @@ class Decoder:
         qk_norm = None
         if hasattr(attention, "q_norm"):
             q_norm, k_norm = attention.q_norm.weight[pairs], attention.k_norm.weight[pairs]
+            q_norm = q_norm * self.scaling
             qk_norm = torch.cat([q_norm.expand(self.heads, -1), k_norm.expand(self.key_heads, -1)]).to(dtype)
-        joined = torch.cat([_reorder(q, pairs), _reorder(k, pairs), v]) * layer.input_layernorm.weight
-        widened = torch.cat([gate, up]) * layer.post_attention_layernorm.weight
+        else:
+            q, q_bias = q * self.scaling, None if q_bias is None else q_bias * self.scaling
+        joined = torch.cat([_reorder(q, pairs), _reorder(k, pairs), v]) * (layer.input_layernorm.weight * self.root)
+        widened = torch.cat([gate, up]) * (layer.post_attention_layernorm.weight * self.root)
         qkv_bias = _join(*(None if each is None else _reorder(each, pairs) for each in (q_bias, k_bias)), v_bias)
         widened_bias = _join(gate_bias, up_bias)
         matrices = (joined, qkv_bias), (out, out_bias), (widened, widened_bias), (down, down_bias)
@@ -133,7 +142,7 @@ class Decoder:
             qkv = self._project(layer, x, rotation)
             q, k, v = qkv.split([self.heads, self.key_heads, self.key_heads], 1)
             cells[0, row, :, column], cells[1, row, :, column] = k, v
-            x = self._finish(layer, x, attend_packed(q, k, v, packing, self.scaling).flatten(1))
+            x = self._finish(layer, x, attend_packed(q, k, v, packing, scaling=1.0).flatten(1))
         return self._logits(x[packing.starts + lengths - 1])
 
     def step(
@@ -174,10 +183,10 @@ class Decoder:
         # The queries of a group look at the same keys, so they stand where the positions of a longer text would.
         grouped = q.reshape(rows, self.key_heads, -1, self.width)
         if q.is_cuda:
-            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=self.scaling).flatten(1)
+            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=1.0).flatten(1)
         # On a CPU two products are faster than the fused kernel, which is made for many queries.
         keys, values, grouped = keys.flatten(0, 1), values.flatten(0, 1), grouped.flatten(0, 1)
-        scores = torch.bmm(grouped, keys.transpose(1, 2)).mul_(self.scaling)
+        scores = torch.bmm(grouped, keys.transpose(1, 2))
         if bias is not None:
             scores.view(rows, self.key_heads, *scores.shape[1:]).add_(bias)
         return torch.bmm(scores.softmax(-1), values).view(rows, -1)
@@ -202,10 +211,11 @@ class Decoder:
         return x if layer.down_bias is None else x.add_(layer.down_bias)
 
     def _normalised(self, x: Tensor) -> Tensor:
+        """Return rows of length one, but for the epsilon, (n, H)."""
         if x.is_cuda:
-            return F.rms_norm(x, x.shape[-1:], None, self.epsilon)
+            return F.rms_norm(x, x.shape[-1:], self.unit, self.epsilon)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        normalised: Tensor = x * norm.square_().div_(x.shape[-1]).add_(self.epsilon).rsqrt_().to(x.dtype)
+        normalised: Tensor = (x / norm.hypot_(self.least)).to(x.dtype)
         return normalised
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -234,9 +244,23 @@ def _reorder(weight: Tensor, order: Tensor) -> Tensor:
 
 
 def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor | None]:
-    """Return what a linear layer computes with, adapters of low rank included."""
-    if not hasattr(linear, "get_delta_weight"):
+    """Return what a linear layer computes with, adapters and quantisation included.
+
+    Whatever stands in the place of a plain layer, it is known by what it makes of the unit vectors.
+    """
+    if type(linear) is nn.Linear:
         return linear.weight, linear.bias
-    base = linear.get_base_layer()
-    deltas = [] if linear.disable_adapters else [linear.get_delta_weight(name) for name in linear.active_adapters]
-    return sum(deltas, base.weight), base.bias
+    some: Tensor = next(linear.parameters())
+    dtype = some.dtype if some.is_floating_point() else torch.bfloat16
+    units = torch.eye(linear.in_features, device=some.device, dtype=dtype)
+    bias: Tensor = linear(torch.zeros_like(units[:1]))[0]
+    return (linear(units) - bias).T, bias
+
+
+def _rows(embedding: Any) -> Tensor:
+    """Return the vector of each token, adapters included, (V, H)."""
+    rows: Tensor = embedding.weight
+    if type(embedding) is nn.Embedding:
+        return rows
+    adapted: Tensor = embedding(torch.arange(len(rows), device=rows.device))
+    return adapted

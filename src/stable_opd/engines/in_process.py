@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,6 +59,8 @@ class InProcessEngine(RolloutEngine):
 
     def generate(self, model: PreTrainedModel, request: Request, sampler: Sampler) -> Completions:
         """Let ``model`` write one completion for each row of the request."""
+        if hasattr(model, "get_base_model"):  # wrapped by peft; the adapters are in the model within
+            model = cast(Any, model).get_base_model()
         reason = obstacle(model)
         if reason is not None:
             self._say(f"Rollouts go through the model's own forward, which is slower, because {reason}.")
@@ -130,7 +133,7 @@ class _Batch:
             self.live_tokens[:, step] = drawn
             self.live_logprobs[:, step] = logprobs
             done = step + 1
-            if done % self.poll == 0 or done == self.budget:
+            if done % self.poll == 0 or done == self.budget or self._seeks_loops(done):
                 self._look(looked, done)
                 looked = done
                 if len(self.rows) == 0:
@@ -147,8 +150,8 @@ class _Batch:
             self.logits = self.replayed(tokens, column)
             return
         first, last = self.first, column + 1
-        cells = [layer[..., first:last, :] for layer in self.cells]
-        bias = None if self.bias is None else self.bias[..., first:last]
+        cells = [layer.narrow(3, first, last - first) for layer in self.cells]
+        bias = None if self.bias is None else self.bias.narrow(3, first, last - first)
         self.logits = self.decoder.step(tokens, self.decoder.rotation[column - self.starts], cells, bias)
 
     def _look(self, since: int, done: int) -> None:
@@ -157,7 +160,7 @@ class _Batch:
         ended = stopped.any(1) & self.going
         length, reason = since + 1 + stopped.int().argmax(1), int(Finish.STOP)
         self._end(ended, length, reason)
-        if self.loops is not None and done // self.loops.every > since // self.loops.every:
+        if self.loops is not None and self._seeks_loops(done):
             written = torch.full_like(self.rows, done)
             repeated = repeated_suffix(
                 self.live_tokens[:, :done], written, self.loops.max_period, self.loops.min_copies, self.loops.min_tokens
@@ -169,6 +172,10 @@ class _Batch:
         # Moving the rest costs about as much as reading it once; on a GPU a new step is recorded besides.
         elif count <= (0.5 if recordable(self.starts.device) else 0.9) * len(self.rows):
             self._keep(self.going)
+
+    def _seeks_loops(self, done: int) -> bool:
+        # At the same lengths whatever else is in the batch, so that a row does not depend on it.
+        return self.loops is not None and done % self.loops.every == 0
 
     def _end(self, ended: Tensor, length: Tensor, reason: int) -> None:
         rows = self.rows[ended]

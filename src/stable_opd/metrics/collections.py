@@ -16,12 +16,12 @@ def training_metrics(max_length: int) -> MetricCollection:
     """
     return MetricCollection(
         {
-            "truncation_rate": TruncationRate(dist_sync_on_step=True),
-            "repetition_rate": RepetitionRate(dist_sync_on_step=True),
-            "length": ResponseLength(max_length, dist_sync_on_step=True),
+            "truncation_rate": TruncationRate(),
+            "repetition_rate": RepetitionRate(),
+            "length": ResponseLength(max_length),
             "length_inflation": LengthInflation(),
-            "advantage": RepeatedAdvantage(dist_sync_on_step=True),
-            "log_ratio_p99": LogRatioTail(dist_sync_on_step=True),
+            "advantage": RepeatedAdvantage(),
+            "log_ratio_p99": LogRatioTail(),
         },
         prefix="train/",
         compute_groups=False,
