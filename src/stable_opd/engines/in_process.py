@@ -40,6 +40,14 @@ class LoopStop:
     min_tokens: int = 48
     every: int = 32
 
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.max_period < 1 or self.min_copies < 2 or self.every < 1:
+            raise ValueError(
+                f"Expected max_period and every of at least 1 and min_copies of at least 2, but got {self.max_period}, "
+                f"{self.every} and {self.min_copies}."
+            )
+
 
 class InProcessEngine(RolloutEngine):
     """Generate in this process, by the library's own decoder where it knows the model's layers.
@@ -168,10 +176,10 @@ class _Batch:
             self._end((repeated > 0) & self.going, written, int(Finish.LOOP))
         count = int(self.going.sum())
         if done == self.budget or count == 0:
-            self._keep(self.going & False)
+            self._keep(self.going & False, done)
         # Moving the rest costs about as much as reading it once; on a GPU a new step is recorded besides.
         elif count <= (0.5 if recordable(self.starts.device) else 0.9) * len(self.rows):
-            self._keep(self.going)
+            self._keep(self.going, done)
 
     def _seeks_loops(self, done: int) -> bool:
         # At the same lengths whatever else is in the batch, so that a row does not depend on it.
@@ -182,11 +190,12 @@ class _Batch:
         self.lengths[rows], self.finish[rows] = length[ended], reason
         self.going = self.going & ~ended
 
-    def _keep(self, mask: Tensor) -> None:
+    def _keep(self, mask: Tensor, done: int) -> None:
         """Put what the live rows have written where it belongs, and go on with some of them, (rows,) bool."""
         self.tokens[self.rows], self.logprobs[self.rows] = self.live_tokens, self.live_logprobs
         index = mask.nonzero().squeeze(1)
-        self.cache[:, :, : len(index)] = self.cache[:, :, index]
+        for layer in self.cache:  # one by one, because what is moved is in memory twice
+            layer[:, : len(index), :, : self.width + done] = layer[:, index, :, : self.width + done]
         self.rows, self.starts, self.going = self.rows[index], self.starts[index], self.going[index]
         self.logits, self.noise = self.logits[index], self.noise[index]
         self.live_tokens, self.live_logprobs = self.live_tokens[index], self.live_logprobs[index]

@@ -33,7 +33,8 @@ class Sampler(Component, nn.Module):
         """Return the logits to draw from.
 
         Args:
-            logits: The student's logits, (B, V) float32.
+            logits: The student's logits, (B, V) float32. Rows that have just ended may be among them; what is returned
+                for those does not matter.
             prefix: The completion so far, (B, t).
 
         Returns:
