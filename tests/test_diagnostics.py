@@ -15,10 +15,14 @@ def diagnose(evidence, shares):
     return found, [Categorical(logits=model.states @ model.head.weight.T) for model in (student, teacher)]
 
 
-# N positions times the vocabulary are 943 entries: all are looked at, every second, every eighth, one.
-@pytest.mark.parametrize(("entries", "stride"), [(10**6, 1), (943, 1), (400, 2), (115, 8), (1, 943)])
-def test_means_over_the_vocabulary_are_taken_at_evenly_spaced_positions(entries, stride, tile, monkeypatch):
+# 23 positions of 41 entries each: as many as the limit on entries allows, and never fewer than the least number.
+@pytest.mark.parametrize(
+    ("entries", "positions", "stride"),
+    [(10**6, 1, 1), (943, 1, 1), (400, 1, 2), (115, 1, 11), (1, 1, 23), (1, 5, 4), (400, 5, 2), (1, 64, 1)],
+)
+def test_means_over_the_vocabulary_are_taken_at_evenly_spaced_positions(entries, positions, stride, tile, monkeypatch):
     monkeypatch.setattr(diagnostics, "ENTRIES", entries)
+    monkeypatch.setattr(diagnostics, "POSITIONS", positions)
     evidence, shares = draw_evidence()
     found, (ours, theirs) = diagnose(evidence, shares)
     torch.testing.assert_close(found["student"], ours.log_prob(evidence.tokens))

@@ -15,6 +15,14 @@ MODELS = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, one key head": ("llama", {"num_key_value_heads": 1}),
+    # The only sort of these that minds where a row stands: the longest position changes all angles.
+    "llama, dynamic rope": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
+            "max_position_embeddings": 50,
+        },
+    ),
     "mistral": ("mistral", {}),
     "mistral, window": ("mistral", {"sliding_window": 4}),
     "qwen2": ("qwen2", {}),
@@ -187,7 +195,7 @@ def test_gradient_checkpointing_changes_nothing(name):
     assert len(calls) == 2  # once more in the backward pass
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("window", [None, 1, 4, 11, 12, 100])
 @pytest.mark.parametrize("scaling", [None, 0.9])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_attention_and_its_gradients_equal_their_formula(key_heads, scaling, window):

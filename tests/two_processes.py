@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from stable_opd.metrics import (
     LengthInflation,
@@ -66,8 +66,18 @@ def run(source) -> dict[str, list]:
     for name, (metric, inputs) in metrics(step_wise=True).items():
         record[f"{name}.forward"] = [metric(**{each: source(step)[each] for each in inputs}) for step in range(STEPS)]
     collection = training_metrics(LIMIT)
-    record["collection"] = [collection(**source(step)) for step in range(STEPS)]
+    record["collection"] = [report(collection, source(step)) for step in range(STEPS)]
     return record
+
+
+def report(collection: MetricCollection, facts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Report one step as the module does: only the inflation of the length remembers the steps before."""
+    collection.update(**facts)
+    found = collection.compute()
+    for metric in collection.values():
+        if not isinstance(metric, LengthInflation):
+            metric.reset()
+    return found
 
 
 def worker(rank: int, folder: str) -> None:

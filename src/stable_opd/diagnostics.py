@@ -32,7 +32,7 @@ class Diagnostics:
     """Collects figures by name, tile by tile.
 
     ``student`` and ``teacher`` are the log-probs of every written token. ``entropy_student``, ``entropy_teacher`` and
-    ``overlap`` look at the whole vocabulary, at evenly spaced positions.
+    ``overlap`` look at the whole vocabulary, at evenly spaced positions, each of which ``stands_for`` so many.
     """
 
     def __init__(self) -> None:
@@ -62,6 +62,7 @@ class Diagnostics:
         self.put("entropy_student", entropy(ours))
         self.put("entropy_teacher", entropy(theirs))
         self.put("overlap", overlap(ours, theirs))
+        self.put("stands_for", torch.full_like(ours[:, 0], stride))
 
     def put(self, name: str, values: Tensor) -> None:
         """Collect values under a name."""

@@ -150,8 +150,9 @@ class Tally:
     def reduced(self, total: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Return the scalars to log, added up over all processes in one go."""
         found = [self.tokens(name) for name in self.MEANS.values()] if "student" in self.diagnostics else []
-        sums = [each.sum() for each in found]
-        counts = [torch.full_like(each, len(tokens)) for each, tokens in zip(sums, found, strict=True)]
+        weights = [self.tokens("stands_for") if len(each) < len(found[0]) else torch.ones_like(each) for each in found]
+        sums = [(weight * each).sum() for weight, each in zip(weights, found, strict=True)]
+        counts = [weight.sum() for weight in weights]
         scalars = total(torch.stack([*self.losses.values(), *self.values.values(), *sums, *counts]).float())
         losses, values, sums_, counts_ = scalars.split([len(self.losses), len(self.values), len(sums), len(counts)])
         logged = {f"loss/{name}": loss for name, loss in zip(self.losses, losses, strict=True)}

@@ -106,6 +106,8 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         # In place, because the gradient of a head is as large as the head; so there is no second backward pass.
+        if ctx.gradients is None:
+            raise RuntimeError("The loss of a micro-batch goes backward once; evaluate it again for a second time.")
         gradients, ctx.gradients = ctx.gradients, None
         return None, *(None if each is None else each.mul_(upstream[0]) for each in gradients)
 
@@ -122,7 +124,7 @@ class _Backward:
 
     def add(self, place: slice, states: Tensor, in_logits: Tensor) -> None:
         """Push the gradient in the logits of some positions (n, V) back to their states (n, H) and to the head."""
-        low = in_logits.to(self.head.weight.dtype)
+        low, states = in_logits.to(self.head.weight.dtype), states.to(self.head.weight.dtype)
         self.states[place] = product(low, self.head.weight)
         if self.weight is not None and self.weight.dtype == low.dtype:
             self.weight.addmm_(low.T, states)
@@ -243,7 +245,8 @@ class _Job:
         full = {name: term for name, term in rest.items() if term.support == "full"}
         if full:
             leaf = ours.logprobs.detach().requires_grad_()
-            evidence = part.evidence.seen(tile, Scores(gather(leaf, tokens), leaf), teacher, reference)
+            with torch.enable_grad():  # a term may look at the written tokens alone
+                evidence = part.evidence.seen(tile, Scores(gather(leaf, tokens), leaf), teacher, reference)
             gradient.add_in_logprobs(self._differentiate(full, evidence, shares, leaf))
         return gradient.result(logits, student.head.softcap)
 

@@ -87,6 +87,14 @@ def test_a_loop_for_sure_is_stopped_and_a_sure_way_to_the_end_is_not():
     assert write(model, None, prompts=[[2]], prompt=[0]).lengths.tolist() == [40]
 
 
+def test_row_that_has_ended_is_not_stopped_for_what_would_come_after():
+    """One row in twenty does not pay for moving the others, so it stays in the batch; and then it would loop."""
+    model = chain_model(lambda token: {2: 3, 3: 2, EOS: 2}.get(token, (token + 1) % VOCABULARY))
+    completions = write(model, SHORT, prompts=[[4], [EOS - 1]], prompt=[1] + [0] * 19)
+    assert completions.finish.tolist() == [Finish.STOP] * 20
+    assert completions.lengths.tolist() == [1] + [EOS - 4] * 19
+
+
 @pytest.mark.parametrize("every", [4, 6, 8])
 def test_rows_are_stopped_at_a_multiple_of_the_interval(every):
     model = chain_model(lambda token: token)
