@@ -108,7 +108,7 @@ def activation_bytes(model: PreTrainedModel, tokens: int, width: int) -> int:
     size = getattr(config, "head_dim", None) or hidden // heads
     attention = (3 * heads + 4 * key_heads) * size * width
     norms = 2 * hidden * (2 * 4 + 2 * width)
-    if model.is_gradient_checkpointing:
+    if any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
         return int(tokens * (config.num_hidden_layers * hidden * width + attention + norms + 4 * inner * width))
     return int(tokens * config.num_hidden_layers * (attention + norms + 4 * inner * width))
 

@@ -165,7 +165,9 @@ def attend_packed(
     Returns:
         What each token gathered, (N, heads, d).
     """
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+    if q.is_cuda and torch.is_autocast_enabled("cuda"):
+        q, k, v = (each.to(torch.get_autocast_dtype("cuda")) for each in (q, k, v))
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return _attend_groups(q, k, v, packing, scaling, sliding_window)
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     longest, gqa = max(packing.lengths), q.shape[1] != k.shape[1]

@@ -74,7 +74,13 @@ def streamed_loss(student: HiddenStates, parts: Sequence[Part]) -> StreamedLoss:
 
     Returns:
         The loss, and what is reported.
+
+    Raises:
+        ValueError: If the parts do not cover the student's positions.
     """
+    count = sum(len(part.shares) for part in parts)
+    if count != len(student.states):
+        raise ValueError(f"Expected the parts to cover {len(student.states)} positions, but they cover {count}.")
     job = _Job(parts, student.head.softcap, student.states.device)
     loss = _Streamed.apply(  # type: ignore[no-untyped-call]
         job, student.states, student.head.weight, student.head.bias
@@ -158,14 +164,14 @@ class _InLogits:
         """Add a gradient with respect to the log-probs of the written tokens, (n,)."""
         self.slope = slope if self.slope is None or slope is None else self.slope + slope
 
-    def result(self, logits: Tensor, softcap: float | None) -> Tensor:
-        """Return the sum, (n, V), as a gradient with respect to what the head's product gave."""
+    def result(self, capped: Tensor | None, softcap: float | None) -> Tensor:
+        """Return the sum, (n, V), as a gradient with respect to what the head's product gave before it was capped."""
         if self.slope is not None:
             slope = self.slope[:, None]
             self.add(self.student.probs * -slope)
             self.total = self.total.scatter_add_(1, self.tokens[:, None], slope)  # type: ignore[union-attr]
-        total = torch.zeros_like(logits) if self.total is None else self.total
-        return total if softcap is None else total.mul_(1 - (logits / softcap).square_())
+        total = torch.zeros_like(self.student.logprobs) if self.total is None else self.total
+        return total if capped is None or softcap is None else total.mul_(1 - (capped / softcap).square_())
 
 
 class _Job:
@@ -219,7 +225,8 @@ class _Job:
         terms = {name: term for name, term in part.terms.items() if not _follows_rows(term)}
         tokens, shares = part.evidence.tokens[tile], part.shares[tile]
         logits = student.head.logits(student.states[tile])
-        ours = _scores(logits, tokens)
+        ours, capped = _scores(logits, tokens), logits if student.head.softcap else None
+        del logits  # as large as the tile, and not needed any more unless it was capped
         needs_teacher = part.diagnose or any(term.needs_teacher for term in terms.values())
         needs_reference = any(term.needs_reference for term in terms.values())
         teacher = _read(part.teacher, tile, tokens) if needs_teacher else NOT_SCORED
@@ -248,7 +255,7 @@ class _Job:
             with torch.enable_grad():  # a term may look at the written tokens alone
                 evidence = part.evidence.seen(tile, Scores(gather(leaf, tokens), leaf), teacher, reference)
             gradient.add_in_logprobs(self._differentiate(full, evidence, shares, leaf))
-        return gradient.result(logits, student.head.softcap)
+        return gradient.result(capped, student.head.softcap)
 
     def _differentiate(self, terms: Mapping[str, LossTerm], evidence: Evidence, shares: Tensor, leaf: Tensor) -> Tensor:
         """Call terms and return the gradient of their weighted sum with respect to a leaf, by autograd."""
