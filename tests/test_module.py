@@ -1,11 +1,14 @@
 """The module in a trainer: what a step does, and what is logged about it."""
 
+import csv
 import math
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from helpers import (
     EOS,
@@ -577,3 +580,67 @@ def test_every_training_example_must_have_the_golden_solution_that_the_mixture_n
     path = write_jsonl(tmp_path / "t.jsonl", records)
     with pytest.raises(ValueError, match=r"GoldenMixture needs .* but 1 of 9 training examples have none"):
         fit(build(mixture=GoldenMixture()), data(train=path), steps=1)
+
+
+class Witness(Recorder):
+    """Logs a figure of its own in every step, by Lightning's means, and keeps what each step leaves for callbacks."""
+
+    def __init__(self):
+        super().__init__()
+        self.monitored = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        super().on_train_batch_end(trainer)
+        self.monitored.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        pl_module.log("witness", float(trainer.global_step))
+
+
+def read_columns(folder):
+    """Of each column of metrics.csv, its values by the step."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: {int(row["step"]): float(row[name]) for row in rows if row[name]} for name in rows[0]}
+
+
+@pytest.mark.parametrize(("every", "logged"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3]), (3, [2])])
+def test_figures_of_a_step_go_where_those_of_lightning_go(every, logged, build, data, tmp_path):
+    """To callbacks in every step; to the loggers in every so many, under the index of the step."""
+    witness = Witness()
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit_options = {"max_steps": 5, "logger": logger, "log_every_n_steps": every}
+    make_trainer(witness, **fit_options).fit(build(mixture=GoldenMixture()), datamodule=data(batch_size=6))
+    columns = read_columns(tmp_path)
+    assert list(columns["witness"]) == logged
+    figures = {name for name in witness.steps[0] if name.partition("/")[0] in ("train", "time", "throughput")}
+    assert {"train/loss", "train/loss/mixture", "train/grad_norm", "time/update", "train/length_mean"} <= figures
+    assert set(columns) == figures | {"witness", "epoch", "step"}
+    assert len(witness.steps) == len(witness.monitored) == 5
+    for name in figures:
+        seen = [step[name] for step in witness.steps]
+        assert [step[name] for step in witness.monitored] == pytest.approx(seen, nan_ok=True)
+        assert columns[name] == pytest.approx({step: seen[step] for step in logged}, nan_ok=True)
+    assert columns["epoch"] == pytest.approx({step: step // 4 for step in logged})
+
+
+def test_every_logged_value_is_finite(build, data, tmp_path):
+    """But for a mean over no token, which is nan: where nothing is repeated, and where everything is."""
+    module = build(samples=4, mixture=GoldenMixture(), constraints={"anchor": ReferenceKL(0.1)})
+    logger = CSVLogger(tmp_path, name="", version="")
+    make_trainer(max_steps=3, logger=logger, log_every_n_steps=1).fit(module, datamodule=data(batch_size=6))
+    for name, values in read_columns(tmp_path).items():
+        excused = {"train/advantage_repeated": 0, "train/advantage_regular": 1}.get(name)
+        assert len(values) == 3
+        for step, value in values.items():
+            assert math.isfinite(value) or read_columns(tmp_path)["train/repeated_share"][step] == excused, name
+
+
+def test_checkpoints_are_chosen_by_a_figure_of_the_step(build, data, validation_path, tmp_path):
+    """Also with evaluations in between."""
+    keep = ModelCheckpoint(tmp_path, "{step}", monitor="train/loss", every_n_train_steps=1, save_top_k=1)
+    recorder = Recorder()
+    trainer = make_trainer(recorder, keep, max_steps=5, enable_checkpointing=True, val_check_interval=2)
+    trainer.fit(build(mixture=GoldenMixture()), datamodule=data(validation=validation_path))
+    losses = [step["train/loss"] for step in recorder.steps]
+    best = min(range(5), key=losses.__getitem__)
+    assert keep.best_model_score.item() == pytest.approx(losses[best])
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == [f"step={best + 1}.ckpt"]

@@ -17,7 +17,7 @@ PLACES = {"nobody": (False, False), "teacher": (True, False), "reference": (Fals
 each_place = pytest.mark.parametrize(("teacher_rests", "reference_rests"), PLACES.values(), ids=PLACES)
 
 
-def ownness():
+def alone():
     """A divergence that looks at the student alone; made here, so that it stays out of the registry."""
 
     class Alone(Divergence):
@@ -69,9 +69,9 @@ def make(teacher_path):
 
 ASKED = {
     "teacher": (lambda: {"divergence": ReverseKL()}, ["teacher"]),
-    "reference": (lambda: {"own": ownness(), "anchor": ReferenceKL()}, ["reference"]),
+    "reference": (lambda: {"own": alone(), "anchor": ReferenceKL()}, ["reference"]),
     "both": (lambda: {"divergence": ReverseKL(), "anchor": ReferenceKL()}, ["teacher", "reference"]),
-    "nobody": (lambda: {"own": ownness()}, []),
+    "nobody": (lambda: {"own": alone()}, []),
 }
 
 
@@ -92,7 +92,7 @@ def test_only_those_are_asked_whom_a_term_needs(terms, asked, teacher_rests, ref
 def test_rows_of_others_are_read_by_whom_their_term_needs(make):
     """But student and teacher are compared on the student's rows alone."""
     readers, events = make()
-    ((own, golden),) = readers.read(cut({"own": ownness()}, {"mixture": ReverseKL(), "anchor": ReferenceKL()}), 40)
+    ((own, golden),) = readers.read(cut({"own": alone()}, {"mixture": ReverseKL(), "anchor": ReferenceKL()}), 40)
     assert events == ["teacher", "reference"]
     assert own.teacher is own.reference is None
     assert len(golden.teacher.states) == len(golden.reference.states) == 2

@@ -87,6 +87,14 @@ PAIRS = {
         context=1024,
         dtype="float32",
     ),
+    # The sizes of the testbed, where starting an operation costs more than its arithmetic.
+    "testbed": Pair(
+        Shape(2, 48, 96, 2, 2, 32),
+        Shape(3, 96, 192, 3, 3, 32),
+        vocabulary=64,
+        context=1024,
+        dtype="float32",
+    ),
     # The sizes of Qwen2.5-1.5B and -7B, with two departures. TRL takes only pairs of one vocabulary size, which 151936
     # and 152064 are not. And they are Llamas, which lack the biases of three projections, because transformers gives a
     # checkpoint of type qwen2 a tokenizer of its own choice, whatever stands beside it.
@@ -155,6 +163,13 @@ GRIDS = {
         linearity=(*_cells((4, 16, 64), (32, 8), (256, 48)), Cell(128, 512, 96)),
         positions=(512, 2048, 8192),
         vocabularies=(4096, 32_768),
+    ),
+    "testbed": Grid(
+        steps=_cells((4, 16, 64), (64, None), (128, 32)),
+        objective=_cells((16, 64), (128, 32)),
+        linearity=(*_cells((4, 16, 64), (32, 8), (256, 32)), Cell(128, 512, 64)),
+        positions=(2048,),
+        vocabularies=(64,),
     ),
     "qwen": Grid(
         steps=_cells((16, 64), (512, None), (2048, 512)),

@@ -35,7 +35,7 @@ def likeliest(teacher, k):
 
 
 def test_known_value():
-    """The teacher prefers the outer tokens, on which (1/2, 1/4, 1/4) and (15, 10, 75)% are (2/3, 1/3) and (1/6, 5/6)."""
+    """The teacher prefers the outer tokens, on which p = (1/2, 1/4, 1/4) and q = (15, 10, 75)% are as written below."""
     student, teacher = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.15, 0.1, 0.75]]).log()
     p, q = Categorical(torch.tensor([2 / 3, 1 / 3])), Categorical(torch.tensor([1 / 6, 5 / 6]))
     assert TeacherTopK(2)(see(student, teacher)).loss.item() == pytest.approx(kl_divergence(p, q).item(), rel=1e-6)

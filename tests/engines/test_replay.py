@@ -94,7 +94,7 @@ def test_same_tokens_as_usual_where_loops_are_stopped(stride, replayed):
 
 
 def test_low_precision_is_no_obstacle(replayed):
-    """Both ways sum in the same order, so they agree on most tokens at least."""
+    """Rounding may let a row go another way now and then."""
     model = family_model("llama").to(torch.bfloat16)
     found, _ = replayed(model, 8, prompt=PROMPT, stop=())
     expected = usual(model, prompt=PROMPT, stop=())
@@ -109,10 +109,11 @@ def start(stride, monkeypatch):
     prompts = PROMPTS[:2]
     sizes = torch.tensor([len(each) for each in prompts])
     cache, starts = decoder.make_cache(2, 30), 6 - sizes
-    decoder.prefill(torch.tensor(sum(prompts, [])), Packing(sizes), cache, starts)
+    decoder.prefill(torch.tensor([token for each in prompts for token in each]), Packing(sizes), cache, starts)
     return ReplayedStep(decoder, list(cache), starts, 6)
 
 
+@torch.inference_mode()
 @torch.inference_mode()
 def test_step_that_is_repeated_changes_nothing(monkeypatch):
     """A recording takes the first step more than once."""
@@ -124,6 +125,7 @@ def test_step_that_is_repeated_changes_nothing(monkeypatch):
     torch.testing.assert_close(torch.stack(twice.cells), torch.stack(once.cells), rtol=0, atol=0)
 
 
+@torch.inference_mode()
 @torch.inference_mode()
 def test_columns_that_are_not_written_yet_are_not_seen(monkeypatch):
     """Whatever stands in them."""
@@ -140,7 +142,6 @@ def test_only_a_gpu_records():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are recorded on a GPU")
 @each_model
 @each_stride
 def test_recorded_steps_write_what_unrecorded_ones_write(name, overrides, stride, monkeypatch):
