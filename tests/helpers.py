@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stable_opd import Author, Evidence, Finish, OPDModule, Rollout, Scores
+from stable_opd import Author, Evidence, Finish, OPDModule, Rollout, Scores, TokenLoss
 from stable_opd.tasks.chains import Chain
 from stable_opd.testbed.build import make_tokenizer
 
@@ -115,6 +115,14 @@ def make_evidence(
         teacher=scores(teacher),
         reference=scores(reference),
     )
+
+
+def closed_form(term, evidence: Evidence) -> tuple[TokenLoss, Tensor]:
+    """Losses and gradients in the logits of a term that knows them; the memory holds rubbish before."""
+    gradient = torch.full_like(evidence.student.logprobs, torch.nan)
+    loss = term.closed_form(evidence, gradient)
+    assert loss is not None
+    return loss, gradient
 
 
 def chi_square_limit(degrees: int) -> float:

@@ -76,23 +76,23 @@ class Head:
         """Return a head without gradients; it stays on its device when the model leaves."""
         return Head(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.softcap)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits of hidden states, (n, H) -> (n, V); no gradient flows."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return float32 logits of hidden states, (n, H) -> (n, V), in given memory or in new; no gradient flows."""
         with torch.no_grad():
-            logits = product(hidden.to(self.weight.dtype), self.weight.T)
+            logits = product(hidden.to(self.weight.dtype), self.weight.T, out)
             if self.bias is not None:
                 logits += self.bias
             return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the matrix product in float32, (n, k) and (k, m) -> (n, m), whatever precision the factors have.
 
     Logits that are rounded to bfloat16 first cost several per cent of error in the gradient of a divergence.
     """
     if a.dtype == torch.float32 or a.device.type != "cuda":
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.matmul(a.float(), b.float(), out=out)
+    return torch.mm(a, b, out_dtype=torch.float32)  # a GPU's allocator keeps the memory by itself
 
 
 def output_head(model: PreTrainedModel, vocabulary: int | None = None) -> Head:

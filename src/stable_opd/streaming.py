@@ -144,6 +144,20 @@ class _Backward:
         return [self.states, *(None if each is None else each.to(dtype) for each in (self.weight, self.bias))]
 
 
+#: Memory of tiles on a CPU, by what it holds. It is kept, because a CPU takes as long to hand out fresh memory as to
+#: work on it. The allocator of a GPU keeps it by itself, for others too.
+_ROOM: dict[str, Tensor] = {}
+
+
+def _room(name: str, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return float32 memory of a tile, (rows, columns), which the next tile will overwrite."""
+    if device.type != "cpu":
+        return torch.empty(rows, columns, device=device)
+    if name not in _ROOM or _ROOM[name].numel() < rows * columns:
+        _ROOM[name] = torch.empty(rows * columns)
+    return _ROOM[name][: rows * columns].view(rows, columns)
+
+
 class _InLogits:
     """The gradient in the logits of a tile, to which its terms add."""
 
@@ -152,13 +166,20 @@ class _InLogits:
         self.total: Tensor | None = None
         self.slope: Tensor | None = None
 
+    def room(self) -> Tensor:
+        """Return memory for the next gradient to `add`, (n, V)."""
+        name = "gradient" if self.total is None else "another gradient"
+        rows, columns = self.student.logprobs.shape
+        return _room(name, rows, columns, self.student.logprobs.device)
+
     def add(self, in_logits: Tensor) -> None:
         """Add a gradient with respect to the logits, (n, V)."""
         self.total = in_logits if self.total is None else self.total.add_(in_logits)
 
     def add_in_logprobs(self, gradient: Tensor) -> None:
         """Add a gradient with respect to all log-probs, (n, V)."""
-        self.add(torch.addcmul(gradient, self.student.probs, gradient.sum(-1, keepdim=True), value=-1))
+        expected = gradient.sum(-1, keepdim=True)
+        self.add(torch.addcmul(gradient, self.student.probs, expected, value=-1, out=self.room()))
 
     def add_slope(self, slope: Tensor | None) -> None:
         """Add a gradient with respect to the log-probs of the written tokens, (n,)."""
@@ -168,7 +189,7 @@ class _InLogits:
         """Return the sum, (n, V), as a gradient with respect to what the head's product gave before it was capped."""
         if self.slope is not None:
             slope = self.slope[:, None]
-            self.add(self.student.probs * -slope)
+            self.add(torch.mul(self.student.probs, -slope, out=self.room()))
             self.total = self.total.scatter_add_(1, self.tokens[:, None], slope)  # type: ignore[union-attr]
         total = torch.zeros_like(self.student.logprobs) if self.total is None else self.total
         return total if capped is None or softcap is None else total.mul_(1 - (capped / softcap).square_())
@@ -224,13 +245,14 @@ class _Job:
         """Call the terms that look at each position by itself; return the gradient in the logits, (n, V)."""
         terms = {name: term for name, term in part.terms.items() if not _follows_rows(term)}
         tokens, shares = part.evidence.tokens[tile], part.shares[tile]
-        logits = student.head.logits(student.states[tile])
-        ours, capped = _scores(logits, tokens), logits if student.head.softcap else None
+        ours, logits = _scores("student", student, tile, tokens)
+        capped = logits.clone() if student.head.softcap else None
         del logits  # as large as the tile, and not needed any more unless it was capped
         needs_teacher = part.diagnose or any(term.needs_teacher for term in terms.values())
         needs_reference = any(term.needs_reference for term in terms.values())
-        teacher = _read(part.teacher, tile, tokens) if needs_teacher else NOT_SCORED
-        reference = _read(part.reference, tile, tokens) if needs_reference else NOT_SCORED
+        teacher = _scores("teacher", part.teacher, tile, tokens)[0] if part.teacher and needs_teacher else NOT_SCORED
+        initial = part.reference if needs_reference else None
+        reference = NOT_SCORED if initial is None else _scores("reference", initial, tile, tokens)[0]
         if part.diagnose:
             self.diagnostics.add(ours, teacher, tile.start, len(part.shares))
 
@@ -239,11 +261,12 @@ class _Job:
         evidence = part.evidence.seen(tile, ours, teacher, reference)
         rest: dict[str, LossTerm] = {}
         for name, term in terms.items():
-            closed = term.closed_form(evidence)
-            if closed is None:
+            in_logits = gradient.room()
+            loss = term.closed_form(evidence, in_logits)
+            if loss is None:
                 rest[name] = term
             else:
-                gradient.add(closed[1].mul_(self._add(name, closed[0], shares)[0][:, None]))
+                gradient.add(in_logits.mul_(self._add(name, loss, shares)[0][:, None]))
         sampled = {name: term for name, term in rest.items() if term.support == "sampled"}
         if sampled:
             leaf = ours.sampled.clone().requires_grad_()
@@ -285,16 +308,17 @@ def _tiles(part: Part, model: HiddenStates) -> Iterator[slice]:
 
 def _collect(part: Part, model: HiddenStates) -> Tensor:
     """Return a model's log-probs of the written tokens, (n,)."""
-    return torch.cat([_read(model, tile, part.evidence.tokens[tile]).sampled for tile in _tiles(part, model)])
+    tiles = _tiles(part, model)
+    return torch.cat([_scores("student", model, tile, part.evidence.tokens[tile])[0].sampled for tile in tiles])
 
 
-def _read(model: HiddenStates | None, tile: slice, tokens: Tensor) -> Scores:
-    return NOT_SCORED if model is None else _scores(model.head.logits(model.states[tile]), tokens)
-
-
-def _scores(logits: Tensor, tokens: Tensor) -> Scores:
-    logprobs = torch.log_softmax(logits, -1)
-    return Scores(gather(logprobs, tokens), logprobs)
+def _scores(name: str, model: HiddenStates, tile: slice, tokens: Tensor) -> tuple[Scores, Tensor]:
+    """Return what a model says about a tile, and the logits, whose memory is that of the next model too."""
+    states = model.states[tile]
+    shape = len(states), len(model.head.weight), states.device
+    logits = model.head.logits(states, _room("logits", *shape))
+    logprobs = torch.log_softmax(logits, -1, out=_room(name, *shape))
+    return Scores(gather(logprobs, tokens), logprobs, _room(f"{name}'s probabilities", *shape)), logits
 
 
 def gather(logprobs: Tensor, tokens: Tensor) -> Tensor:

@@ -33,14 +33,18 @@ class LossTerm(Component, nn.Module):
     def forward(self, evidence: Evidence) -> TokenLoss:
         """Return the loss of each position; no masking, no reduction."""
 
-    def closed_form(self, evidence: Evidence) -> tuple[TokenLoss, Tensor] | None:
-        """Return what `forward` returns and the gradient of each loss in the student's logits, if it is known.
+    def closed_form(self, evidence: Evidence, out: Tensor) -> TokenLoss | None:
+        """Return what `forward` returns and write the gradient of each loss in the student's logits, if it is known.
 
         It spares a term of the whole vocabulary the passes of autograd. It has to agree with `forward`, which is what
         happens where it is None, as it is here. The log-probs are finite, as those of a head are, and what is returned
         has to be finite too, also where the term does not speak.
 
+        Args:
+            evidence: The same as `forward` gets.
+            out: Memory for d loss_i / d logits_i at each position i, (n, V); what it holds is to be overwritten.
+
         Returns:
-            The losses, without a graph, and d loss_i / d logits_i at each position, (n, V), in memory of its own.
+            The losses, without a graph; or None.
         """
         return None

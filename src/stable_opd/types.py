@@ -185,12 +185,17 @@ class Scores:
 
     Args:
         sampled: Log-prob of the token that was written, (n,) float32.
-        logprobs: Log-probs of the whole vocabulary, (n, V) float32.
+        logprobs: Log-probs of the whole vocabulary, (n, V) float32; its memory is that of the next tile too, so it is
+            not to be kept.
+        room: Memory for the probabilities, (n, V); none takes new.
     """
 
-    def __init__(self, sampled: Tensor | None = None, logprobs: Tensor | None = None) -> None:
+    def __init__(
+        self, sampled: Tensor | None = None, logprobs: Tensor | None = None, room: Tensor | None = None
+    ) -> None:
         self._sampled = sampled
         self._logprobs = logprobs
+        self._room = room
 
     @property
     def sampled(self) -> Tensor:
@@ -215,7 +220,7 @@ class Scores:
     @cached_property
     def probs(self) -> Tensor:
         """Probabilities of the whole vocabulary, (n, V), computed once for all who ask."""
-        return self.logprobs.exp()
+        return torch.exp(self.logprobs, out=self._room)
 
 
 NOT_SCORED = Scores()

@@ -40,9 +40,9 @@ class ReferenceKL(Constraint):
         weight = scheduled(self.weight, self.schedule, evidence.progress)
         return TokenLoss(weight * divergence, divergence.detach(), evidence.written_by(Author.STUDENT))
 
-    def closed_form(self, evidence: Evidence) -> tuple[TokenLoss, Tensor]:
-        """Return the weighted divergence and its gradient in the logits."""
-        divergence, gradient = reverse_kl_and_gradient(evidence.student, evidence.reference)
+    def closed_form(self, evidence: Evidence, out: Tensor) -> TokenLoss:
+        """Return the weighted divergence and write its gradient in the logits."""
+        divergence = reverse_kl_and_gradient(evidence.student, evidence.reference, out)
         weight = scheduled(self.weight, self.schedule, evidence.progress)
-        loss = TokenLoss(weight * divergence, divergence, evidence.written_by(Author.STUDENT))
-        return loss, gradient.mul_(weight)
+        out.mul_(weight)
+        return TokenLoss(weight * divergence, divergence, evidence.written_by(Author.STUDENT))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stable_opd.divergences.base import Divergence
-from stable_opd.divergences.kl import reverse_kl
+from stable_opd.divergences.kl import expectation, reverse_kl
 from stable_opd.terms import Support
 from stable_opd.types import Author, Evidence, TokenLoss
 
@@ -62,13 +62,13 @@ class JensenShannon(Divergence):
         loss = jensen_shannon(evidence.student.logprobs, evidence.teacher.logprobs, self.beta)
         return TokenLoss(loss, loss.detach(), evidence.written_by(Author.STUDENT))
 
-    def closed_form(self, evidence: Evidence) -> tuple[TokenLoss, Tensor]:
-        """Return the divergence and its gradient in the logits, (1 - beta) p_v (log p_v - log m_v - KL(p || m))."""
+    def closed_form(self, evidence: Evidence, out: Tensor) -> TokenLoss:
+        """Return the divergence and write its gradient, (1 - beta) p_v (log p_v - log m_v - KL(p || m))."""
         student, teacher = evidence.student, evidence.teacher
         mixture = mixture_logprobs(student.logprobs, teacher.logprobs, self.beta)
-        of_teacher = torch.linalg.vecdot(teacher.probs, teacher.logprobs - mixture)
-        gap = torch.sub(student.logprobs, mixture, out=mixture)
-        of_student = torch.linalg.vecdot(student.probs, gap)
+        of_teacher = expectation(teacher.probs, torch.sub(teacher.logprobs, mixture, out=out))
+        gap = torch.sub(student.logprobs, mixture, out=out)
+        of_student = expectation(student.probs, gap)
+        gap.sub_(of_student[:, None]).mul_(student.probs).mul_(1 - self.beta)
         loss = self.beta * of_teacher + (1 - self.beta) * of_student
-        gradient = gap.sub_(of_student[:, None]).mul_(student.probs).mul_(1 - self.beta)
-        return TokenLoss(loss, loss, evidence.written_by(Author.STUDENT)), gradient
+        return TokenLoss(loss, loss, evidence.written_by(Author.STUDENT))

@@ -26,15 +26,26 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return (p * gap).sum(-1)
 
 
-def reverse_kl_and_gradient(student: Scores, other: Scores) -> tuple[Tensor, Tensor]:
-    """Return `reverse_kl` to the other and its gradient in the student's logits, p_v (log p_v - log q_v - KL).
+def expectation(probs: Tensor, values: Tensor) -> Tensor:
+    """Return sum_v p_v x_v of each position, (n, V) twice -> (n,), without a tensor of (n, V) in between."""
+    return torch.bmm(probs[:, None], values[:, :, None])[:, 0, 0]
+
+
+def reverse_kl_and_gradient(student: Scores, other: Scores, out: Tensor) -> Tensor:
+    """Return `reverse_kl` to the other and write its gradient in the student's logits, p_v (log p_v - log q_v - KL).
+
+    Args:
+        student: The student's scores of n positions.
+        other: Those of the model it is held against.
+        out: Memory for the gradient, (n, V).
 
     Returns:
-        Divergence of each position (n,), and gradient (n, V).
+        Divergence of each position, (n,).
     """
-    gap = student.logprobs - other.logprobs
-    divergence = torch.linalg.vecdot(student.probs, gap)
-    return divergence, gap.sub_(divergence[:, None]).mul_(student.probs)
+    gap = torch.sub(student.logprobs, other.logprobs, out=out)
+    divergence = expectation(student.probs, gap)
+    gap.sub_(divergence[:, None]).mul_(student.probs)
+    return divergence
 
 
 class ReverseKL(Divergence):
@@ -56,10 +67,10 @@ class ReverseKL(Divergence):
         loss = reverse_kl(evidence.student.logprobs, evidence.teacher.logprobs)
         return TokenLoss(loss, loss.detach(), evidence.written_by(Author.STUDENT))
 
-    def closed_form(self, evidence: Evidence) -> tuple[TokenLoss, Tensor]:
-        """Return the divergence and its gradient in the logits."""
-        loss, gradient = reverse_kl_and_gradient(evidence.student, evidence.teacher)
-        return TokenLoss(loss, loss, evidence.written_by(Author.STUDENT)), gradient
+    def closed_form(self, evidence: Evidence, out: Tensor) -> TokenLoss:
+        """Return the divergence and write its gradient in the logits."""
+        loss = reverse_kl_and_gradient(evidence.student, evidence.teacher, out)
+        return TokenLoss(loss, loss, evidence.written_by(Author.STUDENT))
 
 
 class ForwardKL(Divergence):
@@ -80,8 +91,9 @@ class ForwardKL(Divergence):
         loss = reverse_kl(evidence.teacher.logprobs, evidence.student.logprobs)
         return TokenLoss(loss, loss.detach(), evidence.written_by(Author.STUDENT))
 
-    def closed_form(self, evidence: Evidence) -> tuple[TokenLoss, Tensor]:
-        """Return the divergence and its gradient in the logits, p_v - q_v."""
+    def closed_form(self, evidence: Evidence, out: Tensor) -> TokenLoss:
+        """Return the divergence and write its gradient in the logits, p_v - q_v."""
         student, teacher = evidence.student, evidence.teacher
-        loss = torch.linalg.vecdot(teacher.probs, teacher.logprobs - student.logprobs)
-        return TokenLoss(loss, loss, evidence.written_by(Author.STUDENT)), student.probs - teacher.probs
+        loss = expectation(teacher.probs, torch.sub(teacher.logprobs, student.logprobs, out=out))
+        torch.sub(student.probs, teacher.probs, out=out)
+        return TokenLoss(loss, loss, evidence.written_by(Author.STUDENT))

@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from stable_opd.divergences.base import Divergence
@@ -46,15 +45,15 @@ class TeacherTopK(Divergence):
         loss = reverse_kl(restricted(evidence.student.logprobs, tokens), teacher)
         return TokenLoss(loss, loss.detach(), evidence.written_by(Author.STUDENT))
 
-    def closed_form(self, evidence: Evidence) -> tuple[TokenLoss, Tensor]:
-        """Return the divergence and its gradient in the logits, p'_v (log p'_v - log q'_v - KL) on S."""
+    def closed_form(self, evidence: Evidence, out: Tensor) -> TokenLoss:
+        """Return the divergence and write its gradient in the logits, p'_v (log p'_v - log q'_v - KL) on S."""
         tokens = self._tokens(evidence)
         student = restricted(evidence.student.logprobs, tokens)
         gap = student - restricted(evidence.teacher.logprobs, tokens)
         p = student.exp()
-        loss = torch.linalg.vecdot(p, gap)
-        gradient = torch.zeros_like(evidence.student.logprobs).scatter_(-1, tokens, p * (gap - loss[:, None]))
-        return TokenLoss(loss, loss, evidence.written_by(Author.STUDENT)), gradient
+        loss = (p * gap).sum(-1)
+        out.zero_().scatter_(-1, tokens, p * (gap - loss[:, None]))
+        return TokenLoss(loss, loss, evidence.written_by(Author.STUDENT))
 
     def _tokens(self, evidence: Evidence) -> Tensor:
         logprobs = evidence.teacher.logprobs
