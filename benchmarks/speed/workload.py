@@ -161,7 +161,7 @@ GRIDS = {
         steps=_cells((4, 16, 64), (64, None), (128, 48), (256, 48)),
         objective=_cells((16, 64), (128, 48)),
         linearity=(*_cells((4, 16, 64), (32, 8), (256, 48)), Cell(128, 512, 96)),
-        positions=(512, 2048, 8192),
+        positions=(512, 2048),
         vocabularies=(4096, 32_768),
     ),
     "testbed": Grid(
