@@ -113,10 +113,26 @@ def plan(teacher_path):
         readers.reference = frozen_copy(student) if reference else None
         rollout = RolloutOptions(options.pop("samples", 4), options.pop("budget", 20))
         update = UpdateOptions(micro_batch_tokens=options.pop("tokens", 200), offload=offload)
-        defaults = {"prompts": 6, "longest_prompt": 13, "vocabulary": VOCABULARY, "compute": torch.float32}
+        defaults = {
+            "prompts": 6,
+            "eval_prompts": 3,
+            "longest_prompt": 13,
+            "vocabulary": VOCABULARY,
+            "compute": torch.float32,
+        }
         return plan_memory(student, readers, rollout, update, **defaults | options)
 
     return plan
+
+
+def test_evaluation_may_write_more_rows_than_training(plan):
+    assert plan(eval_prompts=25).rollout["cache"] == plan().rollout["cache"] * 25 // 24
+
+
+def test_mixed_precision_keeps_the_weights_in_both(plan):
+    assert "weights in lower precision" not in plan().update
+    found = plan(compute=torch.bfloat16)
+    assert found.update["weights in lower precision"] == module_bytes(tiny_model(1)) // 2
 
 
 def test_plan_of_a_tiny_student(plan):

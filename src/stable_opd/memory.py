@@ -119,6 +119,7 @@ def plan_memory(
     rollout: RolloutOptions,
     update: UpdateOptions,
     prompts: int,
+    eval_prompts: int,
     longest_prompt: int,
     vocabulary: int,
     compute: torch.dtype,
@@ -130,7 +131,8 @@ def plan_memory(
         readers: The models that do not.
         rollout: How answers are written.
         update: How the student learns.
-        prompts: Prompts of a batch.
+        prompts: Prompts of a training batch.
+        eval_prompts: Prompts of an evaluation batch.
         longest_prompt: Tokens of the longest.
         vocabulary: Size of the tokenizer.
         compute: Precision of the student's forward passes.
@@ -143,10 +145,13 @@ def plan_memory(
     if readers.reference is not None:
         (plan.scoring if readers.offload_reference else plan.always)["reference"] = module_bytes(readers.reference)
     (plan.update if "optimizer" in update.offload else plan.always)["optimizer"] = 2 * trained
-    rows, length = prompts * max(1, rollout.samples_per_prompt), longest_prompt + rollout.max_new_tokens
+    rows = max(prompts * max(1, rollout.samples_per_prompt), eval_prompts)
+    length = longest_prompt + rollout.max_new_tokens
     plan.rollout["inference copy"] = weights * compute.itemsize // student.dtype.itemsize
     plan.rollout["cache"] = cache_bytes(student, rows, length, compute.itemsize)
     plan.update["gradients"] = trained
+    if compute != student.dtype:  # mixed precision keeps what it casts for the backward pass
+        plan.update["weights in lower precision"] = weights * compute.itemsize // student.dtype.itemsize
     plan.update["activations"] = activation_bytes(student, update.micro_batch_tokens, compute.itemsize)
     plan.update["tiles of logits"] = LIVE_TILES * 4 * vocabulary * tile_size(vocabulary, student.device)
     plan.update["gradient of the head"] = 4 * head.numel() if head.requires_grad else 0

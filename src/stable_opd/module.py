@@ -155,10 +155,13 @@ class OPDModule(LightningModule):
     def memory_plan(self) -> MemoryPlan:
         """Reckon what a training step needs of a device's memory."""
         data = getattr(self.trainer, "datamodule", None)
-        prompts = (data.batch_size, data.longest_prompt) if isinstance(data, PromptDataModule) else (1, 0)
+        sizes = (1, 0, 0)
+        if isinstance(data, PromptDataModule):
+            evaluated = min(data.eval_batch_size, len(data.examples.get("validation", [])))
+            sizes = (data.batch_size, evaluated, data.longest_prompt)
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else self.model.dtype
         return plan_memory(
-            self.model, self.readers, self.rollout_options, self.update_options, *prompts, len(self.tokenizer), compute
+            self.model, self.readers, self.rollout_options, self.update_options, *sizes, len(self.tokenizer), compute
         )
 
     def configure_optimizers(self) -> Any:
@@ -267,16 +270,20 @@ class OPDModule(LightningModule):
         self._log(logged)
 
     def _log(self, figures: dict[str, Any]) -> None:
-        """Log the figures of a step where `self.log` would.
+        """Have the figures of a step ready where `self.log` would have them.
 
         They belong to one step and are reduced over processes already, so there is nothing left for Lightning to do;
         but for two dozen figures it takes several milliseconds.
         """
-        tensors = {name: torch.as_tensor(value) for name, value in figures.items()}
-        self.trainer.callback_metrics.update(tensors)
-        self.trainer.logged_metrics.update(tensors)
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            scalars = {name: value.item() for name, value in tensors.items()} | {"epoch": self.current_epoch}
+        self.figures = {name: torch.as_tensor(value) for name, value in figures.items()}
+        self.trainer.callback_metrics.update(self.figures)
+        self.trainer.logged_metrics.update(self.figures)
+
+    def on_train_batch_end(self, outputs: Any, batch: Prompts, batch_idx: int) -> None:
+        """Log the step, if it is one to log or the last."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step % every == 0 or self.trainer.should_stop):
+            scalars = {name: value.item() for name, value in self.figures.items()} | {"epoch": self.current_epoch}
             for logger in self.loggers:
                 logger.log_metrics(scalars, step=self.global_step - 1)
 

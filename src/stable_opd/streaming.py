@@ -152,9 +152,9 @@ _ROOM: dict[str, Tensor] = {}
 def _room(name: str, rows: int, columns: int, device: torch.device) -> Tensor:
     """Return float32 memory of a tile, (rows, columns), which the next tile will overwrite."""
     if device.type != "cpu":
-        return torch.empty(rows, columns, device=device)
+        return torch.empty(rows, columns, dtype=torch.float32, device=device)
     if name not in _ROOM or _ROOM[name].numel() < rows * columns:
-        _ROOM[name] = torch.empty(rows * columns)
+        _ROOM[name] = torch.empty(rows * columns, dtype=torch.float32)  # whatever the default is
     return _ROOM[name][: rows * columns].view(rows, columns)
 
 
