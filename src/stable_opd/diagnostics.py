@@ -9,7 +9,7 @@ from stable_opd.types import Scores
 OVERLAP_K = 16
 
 #: Entries of the vocabulary that are looked at for the means over it, per micro-batch. Finding the likeliest tokens
-#: costs more than the loss does, and a mean needs no more than some hundred positions.
+#: of all positions would add to the time of the loss, and a mean needs no more than some hundred of them.
 ENTRIES = 2**19
 
 #: Positions that are looked at in any case.

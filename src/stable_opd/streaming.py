@@ -144,8 +144,8 @@ class _Backward:
         return [self.states, *(None if each is None else each.to(dtype) for each in (self.weight, self.bias))]
 
 
-#: Memory of tiles on a CPU, by what it holds. It is kept, because a CPU takes as long to hand out fresh memory as to
-#: work on it. The allocator of a GPU keeps it by itself, for others too.
+#: Memory of tiles on a CPU, by what it holds. It is kept, because the page faults of fresh memory are a good part
+#: of the time of a tile. The allocator of a GPU keeps it by itself, for others too.
 _ROOM: dict[str, Tensor] = {}
 
 
