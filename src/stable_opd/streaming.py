@@ -272,7 +272,7 @@ class _Job:
             leaf = ours.sampled.clone().requires_grad_()
             evidence = part.evidence.seen(tile, Scores(leaf), teacher, reference)
             gradient.add_slope(self._differentiate(sampled, evidence, shares, leaf))
-        full = {name: term for name, term in rest.items() if term.support == "full"}
+        full = {name: term for name, term in rest.items() if term.support != "sampled"}
         if full:
             leaf = ours.logprobs.detach().requires_grad_()
             with torch.enable_grad():  # a term may look at the written tokens alone

@@ -1,25 +1,28 @@
 """What the three kinds that contribute to the loss have in common."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from stable_opd.registry import Component
 from stable_opd.types import Evidence, TokenLoss
 
-Support = Literal["sampled", "full"]
+Support = Literal["sampled", "topk", "full"]
 
 
 class LossTerm(Component, nn.Module):
     """A term of the objective: it declares what it needs to see, and turns evidence into a loss per position."""
 
-    #: "sampled": log-probs of the written tokens, whole rows at once. "full": the whole vocabulary, in tiles.
-    support: ClassVar[Support] = "sampled"
-    needs_teacher: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = False
+    # What a class declares holds for all its objects, unless the parts that one is composed of need more.
+
+    #: What is read of the models' scores. "sampled": log-probs of the written tokens, whole rows at once. "topk": of the
+    #: teacher its likeliest tokens (`Scores.top`), of the student all, in tiles. "full": the whole vocabulary, in tiles.
+    support: Support = "sampled"
+    needs_teacher: bool = False
+    needs_reference: bool = False
     #: For "sampled": the term looks at each position by itself and may be called on tiles of them, which saves a pass.
-    positionwise: ClassVar[bool] = False
+    positionwise: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a support that nobody would ever serve, so that a typing error is not a term that does nothing."""

@@ -217,6 +217,11 @@ class Scores:
             )
         return self._logprobs
 
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k likeliest tokens, likeliest first, and their log-probs, (n, k) each; all V if k is larger."""
+        logprobs, tokens = self.logprobs.topk(min(k, self.logprobs.shape[-1]), -1)
+        return tokens, logprobs
+
     @cached_property
     def probs(self) -> Tensor:
         """Probabilities of the whole vocabulary, (n, V), computed once for all who ask."""

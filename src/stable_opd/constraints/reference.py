@@ -1,7 +1,5 @@
 """Staying near the initial student."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from stable_opd.constraints.base import Constraint
@@ -26,8 +24,8 @@ class ReferenceKL(Constraint):
         schedule: Changes the weight in the course of the training; none keeps it constant.
     """
 
-    support: ClassVar[Support] = "full"
-    needs_reference: ClassVar[bool] = True
+    support: Support = "full"
+    needs_reference: bool = True
 
     def __init__(self, weight: float = 0.005, schedule: Schedule | None = None) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ class Divergence(LossTerm):
     """What pulls the student to the teacher; it is called on the rows that the student wrote."""
 
     kind: ClassVar[str] = "divergence"
-    needs_teacher: ClassVar[bool] = True
+    needs_teacher: bool = True
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:

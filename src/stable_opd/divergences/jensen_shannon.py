@@ -1,7 +1,6 @@
 """The generalised Jensen-Shannon divergence."""
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class JensenShannon(Divergence):
         beta: Share of the teacher in the mixture, above 0 and below 1.
     """
 
-    support: ClassVar[Support] = "full"
+    support: Support = "full"
 
     def __init__(self, beta: float = 0.5) -> None:
         super().__init__()

@@ -1,7 +1,5 @@
 """Kullback-Leibler divergences over the whole vocabulary."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -60,7 +58,7 @@ class ReverseKL(Divergence):
     Source: Agarwal et al. 2024 (GKD, arXiv 2306.13649); Gu et al. 2024 (MiniLLM, arXiv 2306.08543).
     """
 
-    support: ClassVar[Support] = "full"
+    support: Support = "full"
 
     def forward(self, evidence: Evidence) -> TokenLoss:
         """Return the divergence of each position."""
@@ -84,7 +82,7 @@ class ForwardKL(Divergence):
     Source: Agarwal et al. 2024 (GKD, arXiv 2306.13649).
     """
 
-    support: ClassVar[Support] = "full"
+    support: Support = "full"
 
     def forward(self, evidence: Evidence) -> TokenLoss:
         """Return the divergence of each position."""

@@ -1,7 +1,5 @@
 """Reverse KL estimated from the sampled tokens."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from stable_opd.divergences.base import AdvantageDivergence
@@ -23,7 +21,7 @@ class SampledReverseKL(AdvantageDivergence):
         clip: Half-width of the interval in which the importance ratio may move before its gradient is cut.
     """
 
-    positionwise: ClassVar[bool] = True
+    positionwise: bool = True
 
     def advantage(self, evidence: Evidence) -> Tensor:
         """Return log q - log p of the written tokens, (n,)."""

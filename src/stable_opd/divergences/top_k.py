@@ -1,7 +1,5 @@
 """Divergences over the teacher's likeliest tokens."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from stable_opd.divergences.base import Divergence
@@ -30,7 +28,7 @@ class TeacherTopK(Divergence):
         k: How many of the teacher's likeliest tokens.
     """
 
-    support: ClassVar[Support] = "full"
+    support: Support = "full"
 
     def __init__(self, k: int = 32) -> None:
         super().__init__()

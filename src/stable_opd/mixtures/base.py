@@ -15,7 +15,7 @@ class Mixture(LossTerm):
     """Whose text the student learns from; its loss is called on the rows that the student did not write."""
 
     kind: ClassVar[str] = "mixture"
-    needs_golden: ClassVar[bool] = False
+    needs_golden: bool = False
 
     @abstractmethod
     def plan(self, prompts: Prompts, samples: int, progress: float) -> Plan:

@@ -1,7 +1,5 @@
 """The student's rollouts together with golden solutions."""
 
-from typing import ClassVar
-
 from stable_opd.mixtures.base import Mixture
 from stable_opd.mixtures.student import student_rows
 from stable_opd.schedules import Schedule, scheduled
@@ -24,8 +22,8 @@ class GoldenMixture(Mixture):
         schedule: Changes the weight in the course of the training; none keeps it constant.
     """
 
-    needs_golden: ClassVar[bool] = True
-    positionwise: ClassVar[bool] = True
+    needs_golden: bool = True
+    positionwise: bool = True
 
     def __init__(self, weight: float = 1.0, schedule: Schedule | None = None) -> None:
         super().__init__()

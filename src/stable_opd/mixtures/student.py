@@ -1,7 +1,5 @@
 """Pure on-policy distillation."""
 
-from typing import ClassVar
-
 import torch
 
 from stable_opd.mixtures.base import Mixture
@@ -20,7 +18,7 @@ class StudentOnly(Mixture):
     Source: Luo et al. 2026 (arXiv 2604.08527), the baseline.
     """
 
-    positionwise: ClassVar[bool] = True
+    positionwise: bool = True
 
     def plan(self, prompts: Prompts, samples: int, progress: float) -> Plan:
         """Plan the student's rows and nothing else."""
