@@ -16,8 +16,9 @@ class LossTerm(Component, nn.Module):
 
     # What a class declares holds for all its objects, unless the parts that one is composed of need more.
 
-    #: What is read of the models' scores. "sampled": log-probs of the written tokens, whole rows at once. "topk": of the
-    #: teacher its likeliest tokens (`Scores.top`), of the student all, in tiles. "full": the whole vocabulary, in tiles.
+    #: What is read of the models' scores. "sampled": log-probs of the written tokens, whole rows at once. "topk": all
+    #: of the student's, but of the teacher its likeliest tokens alone (`Scores.top`), in tiles. "full": everything, in
+    #: tiles.
     support: Support = "sampled"
     needs_teacher: bool = False
     needs_reference: bool = False
