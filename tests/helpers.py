@@ -67,18 +67,21 @@ def make_rollout(
     finish: Sequence[Finish] | None = None,
     behaviour: Tensor | None = None,
     texts: Sequence[str] | None = None,
+    token_authors: Tensor | None = None,
 ) -> Rollout:
     """Pack rows given as lists."""
     count = len(completions)
     prompts = prompts or [[1]] * count
     lengths = torch.tensor([len(row) for row in completions], dtype=torch.long)
+    author = torch.tensor([int(author) for author in authors or [Author.STUDENT] * count], dtype=torch.long)
     flat = [token for prompt, row in zip(prompts, completions, strict=True) for token in (*prompt, *row)]
     return Rollout(
         tokens=torch.tensor(flat, dtype=torch.long),
         prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long),
         lengths=lengths,
         prompt=torch.arange(count),
-        author=torch.tensor([int(author) for author in authors or [Author.STUDENT] * count]),
+        author=author,
+        token_author=author.repeat_interleave(lengths) if token_authors is None else token_authors,
         finish=torch.tensor([int(reason) for reason in finish or [Finish.LENGTH] * count]),
         behaviour_logprobs=torch.zeros(int(lengths.sum())) if behaviour is None else behaviour,
         texts=list(texts) if texts is not None else [" ".join(map(str, row)) for row in completions],

@@ -34,7 +34,9 @@ def draw_evidence(author=Author.STUDENT, seed=5, count=N):
 
 
 def stream(terms, evidence, shares, student, teacher=None, reference=None) -> StreamedLoss:
-    return streamed_loss(student, [Part(terms, evidence, shares, teacher, reference, diagnose=teacher is not None)])
+    return streamed_loss(
+        student, [Part(terms, evidence, dict.fromkeys(terms, shares), teacher, reference, teacher is not None)]
+    )
 
 
 def leaves_of(student, train_head=True):

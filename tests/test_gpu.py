@@ -55,7 +55,7 @@ def test_streamed_loss_equals_that_of_a_cpu(dtype):
             evidence.behaviour_logprobs.to(device),
             evidence.progress,
         )
-        loss = streamed_loss(student, [Part({"kl": ReverseKL()}, seen, shares.to(device), theirs)]).loss
+        loss = streamed_loss(student, [Part({"kl": ReverseKL()}, seen, {"kl": shares.to(device)}, theirs)]).loss
         loss.backward()
         results[device] = [each.cpu().float() for each in (loss, student.states.grad, student.head.weight.grad)]
     for cpu, gpu in zip(results["cpu"], results["cuda"], strict=True):

@@ -454,7 +454,7 @@ def test_state_holds_the_student_and_neither_teacher_nor_reference(build, data):
     fit(module, data(), steps=1)
     assert module.readers.reference is not None
     state = module.state_dict()
-    assert {name.partition(".")[0] for name in state} <= {"student", "train_metrics"}
+    assert {name.partition(".")[0] for name in state} <= {"student", "report"}
     student = {name.removeprefix("student.") for name in state if name.startswith("student.")}
     assert student == set(tiny_model(1).state_dict())
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -568,7 +568,7 @@ def test_figures_of_past_steps_are_forgotten(build, data):
     """But for the inflation, whose yardstick is the first steps."""
     module = build()
     fit(module, data(), steps=3)
-    metrics = module.train_metrics
+    metrics = module.report.metrics
     assert metrics["log_ratio_p99"].gaps == []
     assert metrics["truncation_rate"].rows == 0
     assert metrics["length_inflation"].steps == 3

@@ -21,9 +21,8 @@ from stable_opd import (
 )
 from stable_opd.divergences import reverse_kl
 from stable_opd.models import frozen_copy
-from stable_opd.objective import Tally, evaluate, pieces
+from stable_opd.objective import Cutting, Objective, Tally, evaluate, pieces
 from stable_opd.readers import Readers
-from stable_opd.reduce import token_shares
 
 CPU = torch.device("cpu")
 PROMPTS = [[12, 3, 13, 5], [12, 1], [12, 7, 10, 2, 11, 9], [12, 3, 13, 5], [12, 1], [12, 7, 10, 2, 11, 9]]
@@ -58,21 +57,23 @@ def nothing_repeats(rollout):
 
 
 def cut(rollout, own, other, aggregation="sequence_mean", max_tokens=10**6, repetition=None, progress=0.0, **options):
-    found = repetition or nothing_repeats(rollout)
-    return list(pieces(rollout, found, own, other, aggregation, max_tokens, progress, total_of_one_process, **options))
+    """Micro-batches, and the share of every token in the mean of each term."""
+    found, objective = repetition or nothing_repeats(rollout), Objective(own, other, aggregation)
+    work = list(pieces(rollout, found, objective, Cutting(max_tokens, progress=progress, **options)))
+    return work, objective.shares(rollout, total_of_one_process)
 
 
-def step(model, teacher, reference, work):
+def step(model, teacher, reference, job):
     """Loss and gradients of one optimizer step."""
     model.zero_grad()
-    names = dict.fromkeys(name for piece in work for group in piece.groups for name in group.terms)
-    tally, loss = Tally([*names], CPU), 0.0
+    work, shares = job
+    tally, loss = Tally([*shares], CPU), 0.0
     readers = Readers(teacher)
     readers.reference = reference
-    for piece, parts in zip(work, readers.read(work, VOCABULARY), strict=True):
-        result = evaluate(piece, parts, model, VOCABULARY)
+    for piece, readings in zip(work, readers.read(work, VOCABULARY), strict=True):
+        result = evaluate(piece, readings, shares, model, VOCABULARY)
         result.loss.backward()
-        tally.add(piece, result)
+        tally.add(result)
         loss += result.loss.item()
     return loss, tally, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -149,7 +150,7 @@ def test_micro_batches_give_the_loss_and_gradients_of_one_batch(aggregation, max
     rollout = draw_rollout(model, empty=True)
     whole = cut(rollout, STABLE, GOLDEN, aggregation)
     parts = cut(rollout, STABLE, GOLDEN, aggregation, max_tokens, padded=padded)
-    assert len(parts) > len(whole) == 1
+    assert len(parts[0]) > len(whole[0]) == 1
     loss, tally, gradients = step(model, teacher, reference, parts)
     whole_loss, whole_tally, expected = step(model, teacher, reference, whole)
     assert loss == pytest.approx(whole_loss, rel=1e-5)
@@ -165,12 +166,9 @@ def test_each_token_keeps_its_facts_when_rows_are_spread_and_reordered(max_token
     authors = [Author.STUDENT, Author.STUDENT, Author.GOLDEN, Author.STUDENT, Author.STUDENT]
     rollout = make_rollout(rows, authors=authors, behaviour=-torch.arange(1.0, 12.0))
     repetition = Repetition(rollout.completion % 3 == 0, torch.zeros(5, dtype=torch.bool))
-    lengths = rollout.lengths
-    own = authors_are_students = torch.tensor([author == Author.STUDENT for author in authors])
-    shares = {True: token_shares(lengths * own, "sequence_mean", total_of_one_process)}
-    shares[False] = token_shares(lengths * ~authors_are_students, "sequence_mean", total_of_one_process)
     seen = []
-    for piece in cut(rollout, {"o": ReverseKL()}, {"m": GoldenMixture()}, "sequence_mean", max_tokens, repetition):
+    work, _ = cut(rollout, {"o": ReverseKL()}, {"m": GoldenMixture()}, "sequence_mean", max_tokens, repetition)
+    for piece in work:
         for group in piece.groups:
             evidence = group.evidence
             assert list(group.terms) == (["o"] if group.on_policy else ["m"])
@@ -181,7 +179,7 @@ def test_each_token_keeps_its_facts_when_rows_are_spread_and_reordered(max_token
                 assert evidence.in_loop[place] == (token % 3 == 0)
                 assert evidence.author[place] == authors[row]
                 assert evidence.behaviour_logprobs[place] == -token
-                assert group.shares[place] == shares[group.on_policy][row]
+                assert rollout.completion[group.places[place]] == token
                 assert (authors[row] == Author.STUDENT) == group.on_policy
                 seen.append(token)
         # The states of the student stand in the order of the groups.
@@ -194,29 +192,29 @@ def test_each_token_keeps_its_facts_when_rows_are_spread_and_reordered(max_token
 def test_weight_of_golden_rows_does_not_depend_on_the_number_of_rollouts(aggregation, samples):
     rows = [[1, 2, 3]] * samples + [[4, 5], [6, 7, 8, 9]]
     authors = [Author.STUDENT] * samples + [Author.GOLDEN] * 2
-    work = cut(make_rollout(rows, authors=authors), {"o": ReverseKL()}, {"m": GoldenMixture()}, aggregation)
-    groups = [group for piece in work for group in piece.groups]
-    assert [group.on_policy for group in groups] == [True, False]
-    assert [group.shares.sum().item() for group in groups] == pytest.approx([1.0, 1.0])
+    _, shares = cut(make_rollout(rows, authors=authors), {"o": ReverseKL()}, {"m": GoldenMixture()}, aggregation)
+    own = torch.arange(3 * samples + 6) < 3 * samples
+    assert [shares["o"][own].sum().item(), shares["m"][~own].sum().item()] == pytest.approx([1.0, 1.0])
+    assert shares["o"][~own].abs().max() == shares["m"][own].abs().max() == 0
 
 
 def test_rows_of_student_and_others_share_a_micro_batch_where_they_fit():
     rows, authors = [[1, 2, 3], [4, 5, 6], [7]], [Author.GOLDEN, Author.STUDENT, Author.STUDENT]
-    (piece,) = cut(make_rollout(rows, authors=authors), {"o": ReverseKL()}, {"m": GoldenMixture()}, max_tokens=10)
+    (piece,), _ = cut(make_rollout(rows, authors=authors), {"o": ReverseKL()}, {"m": GoldenMixture()}, max_tokens=10)
     assert [group.on_policy for group in piece.groups] == [True, False]
     assert [group.rollout.author.tolist() for group in piece.groups] == [[Author.STUDENT] * 2, [Author.GOLDEN]]
     assert piece.rollout.author.tolist() == [Author.STUDENT] * 2 + [Author.GOLDEN]
     # 10 tokens with their prompts; where rows are padded they would be 12.
-    assert len(cut(make_rollout(rows, authors=authors), {}, {}, max_tokens=10, padded=True)) == 2
+    assert len(cut(make_rollout(rows, authors=authors), {}, {}, max_tokens=10, padded=True)[0]) == 2
 
 
 def test_progress_reaches_the_components():
-    (piece,) = cut(make_rollout([[1]]), {"o": ReverseKL()}, {}, progress=0.375)
+    (piece,), _ = cut(make_rollout([[1]]), {"o": ReverseKL()}, {}, progress=0.375)
     assert piece.groups[0].evidence.progress == 0.375
 
 
 def test_rollout_without_tokens_has_no_pieces():
-    assert cut(make_rollout([[], []]), {"o": ReverseKL()}, {"m": GoldenMixture()}) == []
+    assert cut(make_rollout([[], []]), {"o": ReverseKL()}, {"m": GoldenMixture()})[0] == []
 
 
 @pytest.mark.parametrize("name", components("divergence"))
@@ -261,11 +259,8 @@ def test_expected_sampled_gradient_over_all_continuations_is_the_exact_one(promp
     with torch.no_grad():
         p = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
     rollout = make_rollout([[token] for token in range(VOCABULARY)], [prompt] * VOCABULARY, behaviour=p)
-    (piece,) = cut(rollout, {"divergence": SampledReverseKL()}, {})
-    # Rows stand in another order in the piece; the token says which probability is whose.
-    (group,) = piece.groups
-    group.shares.copy_(p.exp()[group.evidence.tokens])
-    _, tally, sampled = step(model, teacher, None, [piece])
+    work, _ = cut(rollout, {"divergence": SampledReverseKL()}, {})
+    _, tally, sampled = step(model, teacher, None, (work, {"divergence": p.exp()}))
 
     model.zero_grad()
     student = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)

@@ -97,8 +97,10 @@ def two_parts():
     own, own_shares = draw_evidence()
     golden, golden_shares = draw_evidence(Author.GOLDEN, seed=6, count=14)
     own_terms = {name: build(kind, name) for kind, name in TERMS if kind != "mixture"} | {"rising": Rising()}
-    first = Part(own_terms, own, own_shares, draw_states(1, width=9), draw_states(2), diagnose=True)
-    return first, Part({"mixture": build("mixture", "GoldenMixture", weight=0.7)}, golden, golden_shares)
+    first = Part(
+        own_terms, own, dict.fromkeys(own_terms, own_shares), draw_states(1, width=9), draw_states(2), diagnose=True
+    )
+    return first, Part({"mixture": build("mixture", "GoldenMixture", weight=0.7)}, golden, {"mixture": golden_shares})
 
 
 @pytest.mark.parametrize("swapped", [False, True], ids=["student first", "golden first"])
@@ -110,7 +112,7 @@ def test_two_parts_in_one_call_are_two_calls(swapped, tile):
     result.loss.backward()
     start, losses, expected = 0, {}, [torch.zeros_like(leaf) for leaf in leaves]
     for part in parts:
-        place = slice(start, start := start + len(part.shares))
+        place = slice(start, start := start + len(part))
         alone, alone_leaves = leaves_of(slice_of(everything, place))
         single = streamed_loss(alone, [part])
         single.loss.backward()
@@ -136,7 +138,7 @@ def test_one_term_in_two_parts_is_the_term_on_both(tile):
     term = {"m": build("mixture", "GoldenMixture")}
     places = slice(0, 9), slice(9, N)
     scores = evidence.student, evidence.teacher, evidence.reference
-    parts = [Part(term, evidence.seen(place, *scores), shares[place]) for place in places]
+    parts = [Part(term, evidence.seen(place, *scores), {"m": shares[place]}) for place in places]
     student, leaves = leaves_of(draw_states(0))
     result = streamed_loss(student, parts)
     result.loss.backward()

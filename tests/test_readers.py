@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from helpers import TOKENIZER, VOCABULARY, make_rollout, tiny_model, total_of_one_process
+from helpers import TOKENIZER, VOCABULARY, make_rollout, tiny_model
 from stable_opd import Author, Divergence, GoldenMixture, LocalTeacher, ReferenceKL, ReverseKL, TokenLoss
 from stable_opd.models import frozen_copy
-from stable_opd.objective import pieces
+from stable_opd.objective import Cutting, Objective, pieces
 from stable_opd.readers import Readers
 from stable_opd.scoring import body
 from stable_opd.types import Repetition
@@ -38,7 +38,7 @@ def cut(own=None, other=None, max_tokens=16_384):
     nowhere = Repetition(torch.zeros(8, dtype=torch.bool), torch.zeros(4, dtype=torch.bool))
     own = {"divergence": ReverseKL()} if own is None else own
     other = {"mixture": GoldenMixture()} if other is None else other
-    return list(pieces(rollout, nowhere, own, other, "token_mean", max_tokens, 0.0, total_of_one_process))
+    return list(pieces(rollout, nowhere, Objective(own, other), Cutting(max_tokens)))
 
 
 @pytest.fixture
@@ -84,19 +84,15 @@ def test_only_those_are_asked_whom_a_term_needs(terms, asked, teacher_rests, ref
     ((own, golden),) = readers.read(work, VOCABULARY)
     assert events == asked
     assert (own.teacher is not None, own.reference is not None) == ("teacher" in asked, "reference" in asked)
-    assert own.diagnose == ("teacher" in asked)
     assert golden.teacher is golden.reference is None
-    assert not golden.diagnose
 
 
 def test_rows_of_others_are_read_by_whom_their_term_needs(make):
-    """But student and teacher are compared on the student's rows alone."""
     readers, events = make()
     ((own, golden),) = readers.read(cut({"own": alone()}, {"mixture": ReverseKL(), "anchor": ReferenceKL()}), 40)
     assert events == ["teacher", "reference"]
     assert own.teacher is own.reference is None
     assert len(golden.teacher.states) == len(golden.reference.states) == 2
-    assert not golden.diagnose
 
 
 def test_without_an_initial_student_the_others_read_all_the_same(make):
@@ -114,9 +110,6 @@ def test_states_are_those_of_the_models_over_the_rows_of_the_group(teacher_rests
     assert len(work) == len(answers) > 1
     for piece, parts in zip(work, answers, strict=True):
         for group, part in zip(piece.groups, parts, strict=True):
-            assert part.terms is group.terms
-            assert part.evidence is group.evidence
-            assert part.shares is group.shares
             if not group.on_policy:
                 continue
             for found, model in ((part.teacher, tiny_model(2)), (part.reference, tiny_model(1))):

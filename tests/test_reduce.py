@@ -8,8 +8,14 @@ LENGTHS = torch.tensor([3, 0, 1, 4])
 LOSSES = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0])
 
 
-def mean(aggregation, total=total_of_one_process):
-    return (token_shares(LENGTHS, aggregation, total).repeat_interleave(LENGTHS) * LOSSES).sum().item()
+def shares(aggregation, total=total_of_one_process, weights=None, lengths=LENGTHS):
+    rows = torch.arange(len(lengths)).repeat_interleave(lengths)
+    weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else torch.tensor(weights)
+    return token_shares(rows, len(lengths), weights, aggregation, total)
+
+
+def mean(aggregation, total=total_of_one_process, weights=None):
+    return (shares(aggregation, total, weights) * LOSSES).sum().item()
 
 
 def test_token_mean_is_the_mean_over_all_tokens():
@@ -29,11 +35,30 @@ def test_denominators_are_those_of_all_processes(aggregation):
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]], ids=str)
 def test_shares_of_a_batch_without_tokens_are_finite(aggregation, lengths):
-    shares = token_shares(torch.tensor(lengths, dtype=torch.long), aggregation, total_of_one_process)
-    assert shares.shape == (len(lengths),)
-    assert shares.isfinite().all()
+    found = shares(aggregation, lengths=torch.tensor(lengths, dtype=torch.long))
+    assert found.shape == (0,)
+    assert found.isfinite().all()
 
 
-def test_shares_are_float32_whatever_the_lengths_are():
-    assert token_shares(LENGTHS, "token_mean", total_of_one_process).dtype == torch.float32
-    assert token_shares(LENGTHS, "sequence_mean", total_of_one_process).dtype == torch.float32
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_shares_are_float32_whatever_the_weights_are(aggregation):
+    assert shares(aggregation).dtype == torch.float32
+
+
+MASK = [1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]  # the row of one token is masked as a whole
+
+
+def test_masked_tokens_are_as_if_they_were_not_there():
+    assert mean("token_mean", weights=MASK) == pytest.approx((1 + 4 + 16 + 32 + 128) / 5)
+    assert mean("sequence_mean", weights=MASK) == pytest.approx(((1 + 4) / 2 + (16 + 32 + 128) / 3) / 2)
+
+
+def test_down_weighted_tokens_add_less_and_no_other_adds_more():
+    weights = [1.0, 1.0, 1.0, 0.25, 1.0, 1.0, 0.5, 1.0]
+    assert mean("token_mean", weights=weights) == pytest.approx((255 - 6 - 32) / 8)
+    assert mean("sequence_mean", weights=weights) == pytest.approx((7 / 3 + 2 + (240 - 32) / 4) / 3)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_nothing_is_left_of_a_batch_that_is_masked_as_a_whole(aggregation):
+    assert mean(aggregation, weights=[0.0] * 8) == 0

@@ -5,7 +5,7 @@ from helpers import EOS, TOKENIZER, tiny_model
 from stable_opd import Author, Finish, Plan, Prompts, Temperature, TransformersEngine
 from stable_opd.engines import Request
 from stable_opd.randomness import key
-from stable_opd.rollouts import carry_out, row_keys
+from stable_opd.rollouts import Writers, row_keys
 
 PROMPTS = Prompts(
     ids=[[12, 3, 13], [12, 1], [12, 7, 10, 2]],
@@ -16,10 +16,10 @@ PROMPTS = Prompts(
 PARTS = (0, 7)
 
 
-def write(plan, prompts=PROMPTS, budget=6):
+def write(plan, prompts=PROMPTS, budget=6, teacher=None, blend=None):
     model = tiny_model(1)
-    rollout = carry_out(plan, prompts, model, TOKENIZER, TransformersEngine(), Temperature(1.0), budget, [EOS], PARTS)
-    return model, rollout
+    writers = Writers(model, TOKENIZER, TransformersEngine(), budget, [EOS], teacher)
+    return model, writers.carry_out(plan, prompts, Temperature(1.0), PARTS, blend)
 
 
 def mixed_plan():
@@ -88,5 +88,5 @@ def test_keys_come_from_parts_dataset_index_and_sample_number():
 
 
 def test_author_who_does_not_write_here_is_refused():
-    with pytest.raises(ValueError, match="rows by STUDENT or GOLDEN, but got TEACHER"):
+    with pytest.raises(ValueError, match="rows by GOLDEN, STUDENT, but got TEACHER"):
         write(Plan([0, 1], [Author.STUDENT, Author.TEACHER]))

@@ -98,7 +98,7 @@ def our_loss(divergence: Divergence, inputs: Inputs) -> Tensor:
         progress=0.0,
     )
     teacher = HiddenStates(inputs.teacher, Head(inputs.teacher_head))
-    part = Part({"divergence": divergence}, evidence, torch.full_like(zeros, 1 / count), teacher)
+    part = Part({"divergence": divergence}, evidence, {"divergence": torch.full_like(zeros, 1 / count)}, teacher)
     return streamed_loss(HiddenStates(inputs.student, Head(inputs.student_head)), [part]).loss
 
 

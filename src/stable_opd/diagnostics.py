@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stable_opd.types import Scores
+from stable_opd.types import Author, Evidence
 
 #: How many of the likeliest tokens of student and teacher are compared (Li et al. 2026, arXiv 2604.13016).
 OVERLAP_K = 16
@@ -31,8 +31,9 @@ def entropy(logprobs: Tensor) -> Tensor:
 class Diagnostics:
     """Collects figures by name, tile by tile.
 
-    ``student`` and ``teacher`` are the log-probs of every written token. ``entropy_student``, ``entropy_teacher`` and
-    ``overlap`` look at the whole vocabulary, at evenly spaced positions, each of which ``stands_for`` so many.
+    ``student`` and ``teacher`` are the log-probs of every written token, ``own`` says which of them the student wrote
+    and ``in_loop`` which of them repeat. ``entropy_student``, ``entropy_teacher`` and ``overlap`` look at the whole
+    vocabulary, at evenly spaced positions, each of which ``stands_for`` so many of the student's.
     """
 
     def __init__(self) -> None:
@@ -46,23 +47,27 @@ class Diagnostics:
         """Return all that was collected under a name, float32, one entry for each position that was looked at."""
         return torch.cat(self._parts[name])
 
-    def add(self, student: Scores, teacher: Scores, start: int, count: int) -> None:
+    def add(self, evidence: Evidence, start: int, count: int) -> None:
         """Look at a tile.
 
         Args:
-            student: The student's scores of n positions.
-            teacher: The teacher's.
+            evidence: n positions with the scores of student and teacher.
             start: Where the tile starts among all positions.
             count: How many positions there are in all.
         """
+        student, teacher = evidence.student, evidence.teacher
+        own = evidence.written_by(Author.STUDENT)
         self.put("student", student.sampled)
         self.put("teacher", teacher.sampled)
+        self.put("own", own)
+        self.put("in_loop", evidence.in_loop)
         stride = max(1, count // max(POSITIONS, ENTRIES // student.logprobs.shape[-1]))
-        ours, theirs = (each.logprobs[-start % stride :: stride] for each in (student, teacher))
+        seen = slice(-start % stride, None, stride)
+        ours, theirs = student.logprobs[seen], teacher.logprobs[seen]
         self.put("entropy_student", entropy(ours))
         self.put("entropy_teacher", entropy(theirs))
         self.put("overlap", overlap(ours, theirs))
-        self.put("stands_for", torch.full_like(ours[:, 0], stride))
+        self.put("stands_for", stride * own[seen].float())
 
     def put(self, name: str, values: Tensor) -> None:
         """Collect values under a name."""

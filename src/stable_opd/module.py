@@ -3,7 +3,10 @@
 It coordinates the components and never asks which one it holds.
 """
 
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,33 +16,49 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
 from transformers import PreTrainedModel
 
-from stable_opd import objective
 from stable_opd.constraints import Constraint
 from stable_opd.data import PromptDataModule
 from stable_opd.divergences import Divergence
 from stable_opd.engines import InProcessEngine, RolloutEngine
+from stable_opd.engines.base import Blend
 from stable_opd.evaluation import Evaluation, records
+from stable_opd.gradients import compare_gradients
+from stable_opd.look import Look, glance
 from stable_opd.memory import MemoryPlan, plan_memory
-from stable_opd.metrics import LengthInflation
-from stable_opd.metrics.collections import training_metrics
 from stable_opd.mixtures import Mixture
 from stable_opd.mixtures.student import student_rows
 from stable_opd.models import context_length, frozen_copy, load_model, load_tokenizer, stop_ids
+from stable_opd.objective import Cutting, Objective, Piece, Reading, Tally, evaluate
+from stable_opd.objective import pieces as cut
 from stable_opd.offload import move_state
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.packing import packs
+from stable_opd.policies import Policies
 from stable_opd.preflight import check_context, check_golden, check_term_names
 from stable_opd.randomness import global_seed
 from stable_opd.readers import Readers
+from stable_opd.references import InitialStudent, Reference
 from stable_opd.repetition import RepetitionDetector
-from stable_opd.rollouts import carry_out
+from stable_opd.reporting import StepReport
+from stable_opd.rollouts import Writers
 from stable_opd.samplers import Sampler, Temperature
+from stable_opd.schedules import Schedule
 from stable_opd.stopwatch import Stopwatch
 from stable_opd.teachers import Teacher
 from stable_opd.terms import LossTerm
-from stable_opd.types import Author, Plan, Prompts, Rollout
+from stable_opd.types import Author, Plan, Prompts, Repetition, Rollout
+from stable_opd.weightings import Weighting
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The micro-batches of a step, and what the models that do not learn say of each."""
+
+    pieces: list[Piece]
+    readings: Iterable[list[Reading]]
 
 
 class OPDModule(LightningModule):
@@ -56,7 +75,10 @@ class OPDModule(LightningModule):
         engine: Who runs generation; none generates in this process.
         optimizer: Makes the optimizer from the student's parameters.
         lr_scheduler: Makes the learning-rate schedule, which advances with every optimizer step.
+        weighting: How much each token counts in the divergence; several are multiplied, null switches one off.
+        reference: Who the constraints hold the student against; none takes the initial student.
         rollout: How answers are written.
+        policies: What is done with rows that repeat themselves or were cut.
         update: How the student learns from them.
     """
 
@@ -72,7 +94,10 @@ class OPDModule(LightningModule):
         engine: RolloutEngine | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        weighting: dict[str, Weighting | None] | None = None,
+        reference: Reference | None = None,
         rollout: RolloutOptions = RolloutOptions(),
+        policies: Policies = Policies(),
         update: UpdateOptions = UpdateOptions(),
     ) -> None:
         super().__init__()
@@ -85,11 +110,13 @@ class OPDModule(LightningModule):
         self.divergence, self.mixture, self.repetition = divergence, mixture, repetition
         self.sampler = sampler or Temperature(1.0)
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
-        self.rollout_options, self.update_options = rollout, update
+        self.rollout_options, self.policies, self.update_options = rollout, policies, update
+        self.weighting = nn.ModuleDict({name: each for name, each in (weighting or {}).items() if each is not None})
+        self.reference = reference or InitialStudent()
         # What serves and does not learn stays out of the module's parameters and checkpoints.
         self.readers = Readers(teacher, "reference" in update.offload)
         self.engine = engine or InProcessEngine()
-        self.train_metrics = training_metrics(rollout.max_new_tokens)
+        self.report = StepReport(rollout.max_new_tokens)
         self.evaluation = Evaluation(rollout.max_new_tokens, rollout.eval_temperature)
 
     @property
@@ -100,14 +127,10 @@ class OPDModule(LightningModule):
         return self.student
 
     @property
-    def own_terms(self) -> dict[str, LossTerm]:
-        """The terms that speak about the student's rows."""
-        return {"divergence": self.divergence, **self._constraints()}
-
-    @property
-    def other_terms(self) -> dict[str, LossTerm]:
-        """The terms that speak about the rows that the student did not write."""
-        return {"mixture": self.mixture}
+    def objective(self) -> Objective:
+        """The terms: those that speak about the student's tokens, and the one that speaks about the others."""
+        own: dict[str, LossTerm] = {"divergence": self.divergence, **self._constraints()}
+        return Objective(own, {"mixture": self.mixture}, self.update_options.aggregation)
 
     @property
     def progress(self) -> float:
@@ -124,7 +147,7 @@ class OPDModule(LightningModule):
             self.stop = stop_ids(self.student, self.tokenizer)
         contexts = {"student": context_length(self.student)}
         if stage == "fit":
-            needed = any(term.needs_reference for term in (self.own_terms | self.other_terms).values())
+            needed = any(term.needs_reference for term in self.objective.terms.values())
             if needed and self.readers.reference is None:
                 # Before a checkpoint is restored: the reference is the initial student.
                 self.readers.reference = frozen_copy(self.student)
@@ -171,64 +194,110 @@ class OPDModule(LightningModule):
             return optimizer
         return [optimizer], [{"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}]
 
-    def write(self, prompts: Prompts, plan: Plan, sampler: Sampler, *key_parts: int | str) -> Rollout:
-        """Let the planned authors write; nothing here has a gradient."""
+    def write(
+        self, prompts: Prompts, plan: Plan, sampler: Sampler, *key_parts: int | str, learning: bool = False
+    ) -> Rollout:
+        """Let the planned authors write; nothing here has a gradient.
+
+        Args:
+            prompts: The batch.
+            plan: Who writes which row.
+            sampler: How the student draws.
+            key_parts: What the random choices are keyed by, besides seed, prompt and sample.
+            learning: Whether the teacher may write too, and have a say in the student's tokens.
+        """
         self.model.eval()
-        return carry_out(
-            plan,
-            prompts,
-            self.model,
-            self.tokenizer,
-            self.engine,
-            sampler,
-            self.rollout_options.max_new_tokens,
-            self.stop,
-            (global_seed(), *key_parts),
-        )
+        teacher = self.readers.teacher if learning else None
+        budget = self.rollout_options.max_new_tokens
+        writers = Writers(self.model, self.tokenizer, self.engine, budget, self.stop, teacher)
+        with teacher.present() if teacher and self.mixture.blends else nullcontext():
+            blend = None
+            if teacher and self.mixture.blends:
+                blend = Blend(teacher.language_model, partial(self.mixture.blend, progress=self.progress))
+            return writers.carry_out(plan, prompts, sampler, (global_seed(), *key_parts), blend)
 
     def training_step(self, batch: Prompts, batch_idx: int) -> None:
         """Write, score, update: one optimizer step."""
         watch = Stopwatch(self.device)
         with watch("rollout"):
-            plan = self.mixture.plan(batch, self.rollout_options.samples_per_prompt, self.progress)
-            rollout = self.write(batch, plan, self.sampler, self.global_step)
-            repetition = self.repetition(rollout)
+            samples = self.rollout_options.samples_per_prompt
+            plan = self.mixture.plan(batch, samples, self.progress, self.global_step)
+            written = self.write(batch, plan, self.sampler, self.global_step, learning=True)
+            written = self.mixture.revise(written, self.global_step)
+            found = self.repetition(written)
+            rollout, repetition = self.policies.replace(written, found, batch, self.stop)
         self.model.train()
-        options = self.update_options
         with watch("score"):
-            work = list(
-                objective.pieces(
-                    rollout,
-                    repetition,
-                    self.own_terms,
-                    self.other_terms,
-                    options.aggregation,
-                    options.micro_batch_tokens,
-                    self.progress,
-                    self._total,
-                    padded=not packs(self.model),
-                )
-            )
-        tally = objective.Tally([*self.own_terms, *self.other_terms], self.device)
-        readings = self.readers.read(work, len(self.tokenizer))
-        for number, piece in enumerate(work):
-            with nullcontext() if number + 1 == len(work) else self._no_sync():
+            work, shares = self._arrange(rollout, repetition)
+        tally = Tally([*self.objective.terms], self.device)
+        comparison = self._compare(work, shares)
+        self._backward(work, shares, tally, watch)
+        with watch("update"):
+            scalars = self._step()
+        scalars = tally.reduced(self._total) | comparison | scalars
+        for name, constraint in self._constraints().items():
+            constraint.adapt(scalars[f"value/{name}"])
+        self.report.measure(written, found, tally, scalars, watch.seconds, self._total)
+        self.report.show(self.trainer)
+        for schedule in self._observers():
+            schedule.observe(self.report.numbers())
+
+    def _arrange(self, rollout: Rollout, repetition: Repetition) -> tuple["_Work", dict[str, Tensor]]:
+        """Cut the rollout into micro-batches, let the others read them, and spread the denominators."""
+        options, vocabulary = self.update_options, len(self.tokenizer)
+        dropped = self.policies.dropped(rollout)
+        kept = (~dropped & (rollout.lengths > 0)).nonzero().squeeze(1)
+        # One row at least, though it has no share: processes wait for each other in the backward pass.
+        rows = kept if len(kept) else rollout.lengths.argmax()[None]
+        cutting = Cutting(options.micro_batch_tokens, not packs(self.model), self.progress, tuple(self.stop))
+        pieces = list(cut(rollout, repetition, self.objective, cutting, rows))
+        readings: Iterable[list[Reading]] = self.readers.read(pieces, vocabulary)
+        own = (rollout.token_author == Author.STUDENT) & ~dropped[rollout.row]
+        weights = self.policies.weights(rollout, repetition)
+        if self.weighting:
+            if any(each.needs_scores for each in self.weighting.values()):
+                readings = list(readings)
+                seen = glance(pieces, readings, self.model, vocabulary, len(rollout.row))
+            else:
+                seen = None
+            look = Look(rollout, repetition, self.progress, own, self._gather, seen)
+            for weighting in self.weighting.values():
+                weights = weighting(look) if weights is None else weights * weighting(look)
+        if self.update_options.compare_gradients_every:
+            readings = list(readings)
+        return _Work(pieces, readings), self.objective.shares(rollout, self._total, own, weights)
+
+    def _backward(self, work: "_Work", shares: Mapping[str, Tensor], tally: Tally, watch: Stopwatch) -> None:
+        """Evaluate the terms that have shares, micro-batch by micro-batch, and add up their gradients."""
+        readings = iter(work.readings)
+        for number, piece in enumerate(work.pieces):
+            with nullcontext() if number + 1 == len(work.pieces) else self._no_sync():
                 with watch("score"):
-                    result = objective.evaluate(piece, next(readings), self.model, len(self.tokenizer))
-                    tally.add(piece, result)
+                    result = evaluate(piece, next(readings), shares, self.model, len(self.tokenizer))
+                    tally.add(result)
                 with watch("update"):
                     # Strategies average gradients over processes; the shares already sum to one over all of them.
                     self.manual_backward(result.loss * self.trainer.world_size)
-        with watch("update"):
-            gradient_norm = self._step()
-        scalars = tally.reduced(self._total)
-        for name, constraint in self._constraints().items():
-            constraint.adapt(scalars[f"value/{name}"])
-        self._log_step(rollout, repetition.repetitive, tally, scalars | {"grad_norm": gradient_norm}, watch.seconds)
 
-    def _step(self) -> Tensor:
-        """Clip the gradients, take the optimizer step, and return the norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.update_options.gradient_clip)
+    def _compare(self, work: "_Work", shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return norms and cosines of the terms' gradients, in the steps in which that was asked for."""
+        every = self.update_options.compare_gradients_every
+        if every == 0 or self.global_step % every:
+            return {}
+
+        def gradient(name: str) -> None:
+            tally = Tally([name], self.device)
+            self._backward(work, {name: shares[name]}, tally, Stopwatch(self.device))
+
+        return compare_gradients(list(shares), gradient, list(self.model.parameters()))
+
+    def _step(self) -> dict[str, Any]:
+        """Take the optimizer step, and return the norm of the gradient before clipping and the penalties on weights."""
+        scalars: dict[str, Any] = {}
+        for name, constraint in self._constraints().items():
+            penalty = constraint.pull(self.model, self.readers.reference)
+            scalars |= {} if penalty is None else {f"value/{name}": penalty}
+        scalars["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.update_options.gradient_clip)
         optimizer, scheduler = cast(LightningOptimizer, self.optimizers()), self.lr_schedulers()
         resting = "optimizer" in self.update_options.offload
         if resting:
@@ -239,53 +308,27 @@ class OPDModule(LightningModule):
             move_state(optimizer.optimizer, torch.device("cpu"))
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
-        return norm
-
-    def _log_step(
-        self,
-        rollout: Rollout,
-        repetitive: Tensor,
-        tally: objective.Tally,
-        scalars: dict[str, Tensor],
-        seconds: dict[str, float],
-    ) -> None:
-        own = rollout.written_by(Author.STUDENT)
-        logged: dict[str, Any] = {f"train/{name}": value for name, value in scalars.items()}
-        if len(own):
-            advantage = tally.tokens("teacher") - tally.tokens("student")
-            self.train_metrics.update(
-                truncated=rollout.truncated[own],
-                repetitive=repetitive[own],
-                lengths=rollout.lengths[own],
-                advantage=advantage,
-                in_loop=tally.tokens("in_loop"),
-            )
-            logged |= self.train_metrics.compute()
-            for metric in self.train_metrics.values():
-                if not isinstance(metric, LengthInflation):  # the others speak about the step alone
-                    metric.reset()
-            tokens = self._total(rollout.lengths[own].sum().float())
-            logged["throughput/rollout_tokens_per_s"] = tokens / seconds["rollout"]
-        logged |= {f"time/{name}": value for name, value in seconds.items()}
-        self._log(logged)
-
-    def _log(self, figures: dict[str, Any]) -> None:
-        """Have the figures of a step ready where `self.log` would have them.
-
-        They belong to one step and are reduced over processes already, so there is nothing left for Lightning to do;
-        but for two dozen figures it takes several milliseconds.
-        """
-        self.figures = {name: torch.as_tensor(value) for name, value in figures.items()}
-        self.trainer.callback_metrics.update(self.figures)
-        self.trainer.logged_metrics.update(self.figures)
+        if self.readers.reference is not None:
+            self.reference.update(self.readers.reference, self.model, self.global_step)
+        return scalars
 
     def on_train_batch_end(self, outputs: Any, batch: Prompts, batch_idx: int) -> None:
         """Log the step, if it is one to log or the last."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step % every == 0 or self.trainer.should_stop):
-            scalars = {name: value.item() for name, value in self.figures.items()} | {"epoch": self.current_epoch}
+            scalars = self.report.numbers() | {"epoch": self.current_epoch}
             for logger in self.loggers:
                 logger.log_metrics(scalars, step=self.global_step - 1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save a reference that moves; the initial student is there already."""
+        if self.reference.moves and self.readers.reference is not None:
+            checkpoint["reference"] = self.readers.reference.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the reference of a checkpoint."""
+        if "reference" in checkpoint and self.readers.reference is not None:
+            self.readers.reference.load_state_dict(checkpoint["reference"])
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:
         """Answer the prompts, greedily and at a temperature, and measure the answers."""
@@ -318,6 +361,15 @@ class OPDModule(LightningModule):
 
     def _constraints(self) -> dict[str, Constraint]:
         return {name: cast(Constraint, each) for name, each in self.constraints.items()}
+
+    def _observers(self) -> list[Schedule]:
+        return [
+            each for each in self.modules() if isinstance(each, Schedule) and type(each).observe is not Schedule.observe
+        ]
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """Put the values of all processes one after the other."""
+        return torch.cat(gather_all_tensors(values)) if self.trainer.world_size > 1 else values
 
     def _total(self, local: Tensor) -> Tensor:
         """Add up over all processes."""

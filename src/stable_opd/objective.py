@@ -1,7 +1,7 @@
 """From a rollout to gradients: which rows in which micro-batches, with which terms and denominators."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -17,21 +17,70 @@ from stable_opd.terms import LossTerm
 from stable_opd.types import Author, Evidence, Repetition, Rollout
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The terms, and how they are averaged.
+
+    The student's tokens and the others are two populations with a mean each, so the weight of the golden term does not
+    depend on how many rollouts stand beside it.
+
+    Attributes:
+        own: Components that speak about the tokens that the student wrote.
+        other: Components that speak about the other tokens.
+        aggregation: Which mean.
+    """
+
+    own: Mapping[str, LossTerm]
+    other: Mapping[str, LossTerm]
+    aggregation: Aggregation = "sequence_mean"
+
+    @property
+    def terms(self) -> dict[str, LossTerm]:
+        """All terms."""
+        return {**self.own, **self.other}
+
+    def shares(
+        self,
+        rollout: Rollout,
+        total: Callable[[Tensor], Tensor],
+        own: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the share of each completion token in the mean of each term, (N,), by the names of the terms.
+
+        Args:
+            rollout: The whole batch of this process.
+            total: Adds up a count over all processes.
+            own: The tokens of the student that the terms are to speak about, (N,) bool; none means all of them.
+            weights: Weight of each token in the terms that are ``weighted``, (N,); none means 1.
+        """
+        students = rollout.token_author == Author.STUDENT
+        own = students if own is None else own & students
+
+        def spread(mask: Tensor) -> Tensor:
+            return token_shares(rollout.row, len(rollout), mask, self.aggregation, total)
+
+        plain, others = spread(own), spread(~students)
+        weighted = plain if weights is None else spread(own * weights)
+        shares = {name: weighted if term.weighted else plain for name, term in self.own.items()}
+        return shares | dict.fromkeys(self.other, others)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """The rows of a micro-batch that one set of terms speaks about.
 
     Attributes:
         rollout: The rows.
+        places: Where their completion tokens stand among those of the whole rollout, (n,).
         evidence: The facts about their positions, without scores.
-        shares: Share of each position in the mean over the global batch, (n,).
         terms: The components to call.
-        on_policy: Whether the student wrote the rows.
+        on_policy: Whether the student wrote some of the tokens.
     """
 
     rollout: Rollout
+    places: Tensor
     evidence: Evidence
-    shares: Tensor
     terms: Mapping[str, LossTerm]
     on_policy: bool
 
@@ -42,77 +91,123 @@ class Piece:
 
     Attributes:
         rollout: All rows, those of the groups one after the other.
-        groups: The student's rows and the others, as far as there are any.
+        groups: The student's rows, the others, and those that somebody else began, as far as there are any.
     """
 
     rollout: Rollout
     groups: list[Group]
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the models that do not learn think of the rows of a group; None where no term needs to know.
+
+    Attributes:
+        teacher: The teacher's states.
+        reference: The initial student's.
+    """
+
+    teacher: HiddenStates | None = None
+    reference: HiddenStates | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How a rollout is cut into micro-batches.
+
+    Attributes:
+        max_tokens: Tokens of a micro-batch.
+        padded: Whether rows will be padded; then padding counts as tokens.
+        progress: Share of the training that is over.
+        stop: Token ids that end an answer.
+    """
+
+    max_tokens: int
+    padded: bool = False
+    progress: float = 0.0
+    stop: tuple[int, ...] = field(default=())
+
+
 def pieces(
-    rollout: Rollout,
-    repetition: Repetition,
-    own_terms: Mapping[str, LossTerm],
-    other_terms: Mapping[str, LossTerm],
-    aggregation: Aggregation,
-    max_tokens: int,
-    progress: float,
-    total: Callable[[Tensor], Tensor],
-    padded: bool = False,
+    rollout: Rollout, repetition: Repetition, objective: Objective, cutting: Cutting, rows: Tensor | None = None
 ) -> Iterator[Piece]:
     """Cut a rollout into micro-batches.
-
-    The student's rows and the others are two populations with a mean each, so the weight of the golden term does not
-    depend on how many rollouts stand beside it.
 
     Args:
         rollout: The whole batch of this process.
         repetition: What the detector said of it.
-        own_terms: Components that speak about the rows that the student wrote.
-        other_terms: Components that speak about the other rows.
-        aggregation: Which mean.
-        max_tokens: Tokens of a micro-batch.
-        progress: Share of the training that is over.
-        total: Adds up a count over all processes.
-        padded: Whether the student's rows will be padded; then padding counts as tokens.
+        objective: The terms.
+        cutting: How to cut.
+        rows: Numbers of the rows to learn from; none means all. Those without tokens are left out in any case.
     """
-    own = rollout.author == Author.STUDENT
+    rows = torch.arange(len(rollout), device=rollout.lengths.device) if rows is None else rows
+    rows = rows[rollout.lengths[rows] > 0]
+    students = rollout.token_author == Author.STUDENT
+    counts = torch.zeros_like(rollout.lengths).index_add_(0, rollout.row, students.long())
+    whole, none = counts == rollout.lengths, counts == 0
     populations = [
-        (own, own_terms, token_shares(rollout.lengths * own, aggregation, total), True),
-        (~own, other_terms, token_shares(rollout.lengths * ~own, aggregation, total), False),
+        (whole & ~none, objective.own, True),
+        (none, objective.other, False),
+        (~whole & ~none, objective.terms, True),
     ]
-    starts = rollout.lengths.cumsum(0) - rollout.lengths
-    with_tokens = (rollout.lengths > 0).nonzero().squeeze(1)
-    for rows in micro_batches(rollout, with_tokens, max_tokens, padded):
+    for batch in micro_batches(rollout, rows, cutting.max_tokens, cutting.padded):
         ordered, groups = [], []
-        for belongs, terms, shares, on_policy in populations:
-            some = rows[belongs[rows]]
+        for belongs, terms, on_policy in populations:
+            some = batch[belongs[batch]]
             if len(some) == 0:
                 continue
-            part = rollout.select(some)
+            part, places = rollout.select(some), rollout.places(some)
             evidence = Evidence(
                 tokens=part.completion,
                 row=part.row,
                 position=part.position,
-                in_loop=repetition.in_loop[starts[some][part.row] + part.position],
-                author=part.author[part.row],
+                in_loop=repetition.in_loop[places],
+                author=part.token_author,
                 behaviour_logprobs=part.behaviour_logprobs,
-                progress=progress,
+                progress=cutting.progress,
+                stop=cutting.stop,
             )
             ordered.append(some)
-            groups.append(Group(part, evidence, shares[some][part.row], terms, on_policy))
+            groups.append(Group(part, places, evidence, terms, on_policy))
         yield Piece(groups[0].rollout if len(groups) == 1 else rollout.select(torch.cat(ordered)), groups)
 
 
-def evaluate(piece: Piece, parts: Sequence[Part], student: PreTrainedModel, vocabulary: int) -> StreamedLoss:
+def part_of(group: Group, reading: Reading, shares: Mapping[str, Tensor]) -> Part:
+    """Return what is asked of a group's positions.
+
+    Args:
+        group: The rows.
+        reading: What the models that do not learn say of them.
+        shares: Share of each token of the whole rollout, (N,), by the names of the terms; only these are asked.
+    """
+    terms = {name: term for name, term in group.terms.items() if name in shares}
+    return Part(
+        terms,
+        group.evidence,
+        {name: shares[name][group.places] for name in terms},
+        reading.teacher,
+        reading.reference,
+        diagnose=group.on_policy and reading.teacher is not None,
+    )
+
+
+def evaluate(
+    piece: Piece,
+    readings: Sequence[Reading],
+    shares: Mapping[str, Tensor],
+    student: PreTrainedModel,
+    vocabulary: int,
+) -> StreamedLoss:
     """Let the student read a micro-batch and evaluate the terms.
 
     Args:
         piece: The micro-batch.
-        parts: What the models that do not learn say of it (`Readers.read`).
+        readings: What the models that do not learn say of its groups (`Readers.read`).
+        shares: As for `part_of`.
         student: The model that learns.
         vocabulary: Size of the shared vocabulary.
     """
+    parts = [part_of(group, reading, shares) for group, reading in zip(piece.groups, readings, strict=True)]
     return streamed_loss(HiddenStates(body(student, piece.rollout), output_head(student, vocabulary)), parts)
 
 
@@ -133,24 +228,30 @@ class Tally:
         self.values = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
         self.diagnostics = Diagnostics()
 
-    def add(self, piece: Piece, result: StreamedLoss) -> None:
+    def add(self, result: StreamedLoss) -> None:
         """Add one micro-batch."""
         for name in result.losses:
             self.losses[name] = self.losses[name] + result.losses[name]
             self.values[name] = self.values[name] + result.values[name]
         self.diagnostics.extend(result.diagnostics)
-        for group in piece.groups:
-            if group.on_policy:
-                self.diagnostics.put("in_loop", group.evidence.in_loop)
 
     def tokens(self, name: str) -> Tensor:
-        """Return a diagnostic of all the student's tokens, (N,)."""
+        """Return a diagnostic of all tokens of the rows that the student had a part in."""
         return self.diagnostics[name]
+
+    def of_students(self) -> dict[str, Tensor]:
+        """Return ``advantage`` and ``in_loop`` of the tokens that the student wrote, (n,) each."""
+        if "student" not in self.diagnostics:
+            return {}
+        own = self.tokens("own")
+        advantage = self.tokens("teacher") - self.tokens("student")
+        return {"advantage": advantage[own], "in_loop": self.tokens("in_loop")[own]}
 
     def reduced(self, total: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Return the scalars to log, added up over all processes in one go."""
-        found = [self.tokens(name) for name in self.MEANS.values()] if "student" in self.diagnostics else []
-        weights = [self.tokens("stands_for") if len(each) < len(found[0]) else torch.ones_like(each) for each in found]
+        names = self.MEANS.values() if "student" in self.diagnostics else ()
+        found = [self.tokens(name) for name in names]
+        weights = [self.tokens("own" if name in ("student", "teacher") else "stands_for") for name in names]
         sums = [(weight * each).sum() for weight, each in zip(weights, found, strict=True)]
         counts = [weight.sum() for weight in weights]
         scalars = total(torch.stack([*self.losses.values(), *self.values.values(), *sums, *counts]).float())

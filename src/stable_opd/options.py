@@ -41,17 +41,20 @@ class UpdateOptions:
         gradient_clip: Largest norm of the gradient.
         offload: What rests in the host's memory while it is not in use: ``optimizer``, ``reference``. It makes room on
             a GPU for the phases that do without, and costs the time of moving it twice in every step.
+        compare_gradients_every: Steps between two comparisons of the terms' gradients: norm of each, and cosine of each
+            pair. It takes a backward pass for each term; 0 never compares.
     """
 
     aggregation: Aggregation = "sequence_mean"
     micro_batch_tokens: int = 16_384
     gradient_clip: float = 1.0
     offload: tuple[Literal["optimizer", "reference"], ...] = ()
+    compare_gradients_every: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        if self.micro_batch_tokens < 1 or self.gradient_clip <= 0:
+        if self.micro_batch_tokens < 1 or self.gradient_clip <= 0 or self.compare_gradients_every < 0:
             raise ValueError(
-                f"Expected micro_batch_tokens of at least 1 and gradient_clip above 0, but got "
-                f"{self.micro_batch_tokens} and {self.gradient_clip}."
+                "Expected micro_batch_tokens of at least 1, gradient_clip above 0 and compare_gradients_every of at "
+                f"least 0, but got {self.micro_batch_tokens}, {self.gradient_clip} and {self.compare_gradients_every}."
             )

@@ -8,10 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stable_opd.models import output_head
-from stable_opd.objective import Group, Piece
+from stable_opd.objective import Group, Piece, Reading
 from stable_opd.offload import visiting
 from stable_opd.scoring import HiddenStates, body
-from stable_opd.streaming import Part
 from stable_opd.teachers.base import Teacher
 
 
@@ -38,7 +37,7 @@ class Readers:
         if self.reference is not None:
             nn.Module.to(self.reference, "cpu" if self.offload_reference else device, dtype)
 
-    def read(self, work: Sequence[Piece], vocabulary: int) -> Iterator[list[Part]]:
+    def read(self, work: Sequence[Piece], vocabulary: int) -> Iterator[list[Reading]]:
         """Read micro-batches.
 
         Args:
@@ -46,7 +45,7 @@ class Readers:
             vocabulary: Size of the shared vocabulary.
 
         Yields:
-            For each micro-batch, what is asked of its groups and what it takes to answer.
+            For each micro-batch, what they think of its groups.
         """
         if not (self.teacher.offload or self.offload_reference):
             for piece in work:
@@ -57,7 +56,7 @@ class Readers:
             everything = [[self._read(group, vocabulary) for group in piece.groups] for piece in work]
         yield from everything
 
-    def _read(self, group: Group, vocabulary: int) -> Part:
+    def _read(self, group: Group, vocabulary: int) -> Reading:
         """Let those models read some rows that a term needs."""
         needs_teacher = any(term.needs_teacher for term in group.terms.values())
         theirs = self.teacher.score(group.rollout) if needs_teacher else None
@@ -66,5 +65,4 @@ class Readers:
             with torch.no_grad():
                 head = output_head(self.reference, vocabulary).detached()
                 initial = HiddenStates(body(self.reference, group.rollout), head)
-        diagnose = group.on_policy and needs_teacher
-        return Part(group.terms, group.evidence, group.shares, theirs, initial, diagnose)
+        return Reading(theirs, initial)

@@ -34,7 +34,7 @@ class Part:
     Attributes:
         terms: The components to call, by name.
         evidence: The facts about the positions, without scores.
-        shares: Share of each position in the mean, (n,).
+        shares: Share of each position in the mean of each term, (n,), by the names of `terms`.
         teacher: What the teacher thinks there; None if no term declares ``needs_teacher``.
         reference: What the initial student thinks there; None if no term declares ``needs_reference``.
         diagnose: Whether to compare student and teacher on the way.
@@ -42,10 +42,14 @@ class Part:
 
     terms: Mapping[str, LossTerm]
     evidence: Evidence
-    shares: Tensor
+    shares: Mapping[str, Tensor]
     teacher: HiddenStates | None = None
     reference: HiddenStates | None = None
     diagnose: bool = False
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return len(self.evidence.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ def streamed_loss(student: HiddenStates, parts: Sequence[Part]) -> StreamedLoss:
     Raises:
         ValueError: If the parts do not cover the student's positions.
     """
-    count = sum(len(part.shares) for part in parts)
+    count = sum(map(len, parts))
     if count != len(student.states):
         raise ValueError(f"Expected the parts to cover {len(student.states)} positions, but they cover {count}.")
     job = _Job(parts, student.head.softcap, student.states.device)
@@ -216,12 +220,12 @@ class _Job:
         backward = _Backward(states, head, train_head)
         start = 0
         for part in self.parts:
-            student = HiddenStates(states[start : start + len(part.shares)], head)
+            student = HiddenStates(states[start : start + len(part)], head)
             slope = self._whole_rows(part, student)
-            for tile in _tiles(part, student):
+            for tile in tiles(part, student):
                 in_logits = self._tile(part, tile, student, None if slope is None else slope[tile])
                 backward.add(slice(start + tile.start, start + tile.stop), student.states[tile], in_logits)
-            start += len(part.shares)
+            start += len(part)
         losses = [*self.losses.values(), torch.zeros((), dtype=torch.float32, device=states.device)]
         return torch.stack(losses).sum(), backward.results(weight.dtype)
 
@@ -239,26 +243,25 @@ class _Job:
             Scores(_collect(part, part.teacher)) if part.teacher and needs_teacher else NOT_SCORED,
             Scores(_collect(part, part.reference)) if part.reference and needs_reference else NOT_SCORED,
         )
-        return self._differentiate(terms, evidence, part.shares, leaf)
+        return self._differentiate(terms, evidence, part.shares, slice(None), leaf)
 
     def _tile(self, part: Part, tile: slice, student: HiddenStates, slope: Tensor | None) -> Tensor:
         """Call the terms that look at each position by itself; return the gradient in the logits, (n, V)."""
         terms = {name: term for name, term in part.terms.items() if not _follows_rows(term)}
-        tokens, shares = part.evidence.tokens[tile], part.shares[tile]
-        ours, logits = _scores("student", student, tile, tokens)
+        tokens, shares = part.evidence.tokens[tile], part.shares
+        ours, logits = scores("student", student, tile, tokens)
         capped = logits.clone() if student.head.softcap else None
         del logits  # as large as the tile, and not needed any more unless it was capped
         needs_teacher = part.diagnose or any(term.needs_teacher for term in terms.values())
         needs_reference = any(term.needs_reference for term in terms.values())
-        teacher = _scores("teacher", part.teacher, tile, tokens)[0] if part.teacher and needs_teacher else NOT_SCORED
+        teacher = scores("teacher", part.teacher, tile, tokens)[0] if part.teacher and needs_teacher else NOT_SCORED
         initial = part.reference if needs_reference else None
-        reference = NOT_SCORED if initial is None else _scores("reference", initial, tile, tokens)[0]
-        if part.diagnose:
-            self.diagnostics.add(ours, teacher, tile.start, len(part.shares))
-
+        reference = NOT_SCORED if initial is None else scores("reference", initial, tile, tokens)[0]
         gradient = _InLogits(ours, tokens)
         gradient.add_slope(slope)
         evidence = part.evidence.seen(tile, ours, teacher, reference)
+        if part.diagnose:
+            self.diagnostics.add(evidence, tile.start, len(part))
         rest: dict[str, LossTerm] = {}
         for name, term in terms.items():
             in_logits = gradient.room()
@@ -266,26 +269,33 @@ class _Job:
             if loss is None:
                 rest[name] = term
             else:
-                gradient.add(in_logits.mul_(self._add(name, loss, shares)[0][:, None]))
+                gradient.add(in_logits.mul_(self._add(name, loss, shares[name][tile])[0][:, None]))
         sampled = {name: term for name, term in rest.items() if term.support == "sampled"}
         if sampled:
             leaf = ours.sampled.clone().requires_grad_()
             evidence = part.evidence.seen(tile, Scores(leaf), teacher, reference)
-            gradient.add_slope(self._differentiate(sampled, evidence, shares, leaf))
+            gradient.add_slope(self._differentiate(sampled, evidence, shares, tile, leaf))
         full = {name: term for name, term in rest.items() if term.support != "sampled"}
         if full:
             leaf = ours.logprobs.detach().requires_grad_()
             with torch.enable_grad():  # a term may look at the written tokens alone
                 evidence = part.evidence.seen(tile, Scores(gather(leaf, tokens), leaf), teacher, reference)
-            gradient.add_in_logprobs(self._differentiate(full, evidence, shares, leaf))
+            gradient.add_in_logprobs(self._differentiate(full, evidence, shares, tile, leaf))
         return gradient.result(capped, student.head.softcap)
 
-    def _differentiate(self, terms: Mapping[str, LossTerm], evidence: Evidence, shares: Tensor, leaf: Tensor) -> Tensor:
+    def _differentiate(
+        self,
+        terms: Mapping[str, LossTerm],
+        evidence: Evidence,
+        shares: Mapping[str, Tensor],
+        tile: slice,
+        leaf: Tensor,
+    ) -> Tensor:
         """Call terms and return the gradient of their weighted sum with respect to a leaf, by autograd."""
         with torch.enable_grad():
             total = leaf.sum() * 0  # a term may speak about nothing
             for name, term in terms.items():
-                total = total + self._add(name, term(evidence), shares)[1]
+                total = total + self._add(name, term(evidence), shares[name][tile])[1]
         return torch.autograd.grad(total, leaf)[0]
 
     def _add(self, name: str, term: TokenLoss, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,19 +311,20 @@ def _follows_rows(term: LossTerm) -> bool:
     return term.support == "sampled" and not term.positionwise
 
 
-def _tiles(part: Part, model: HiddenStates) -> Iterator[slice]:
-    count, size = len(part.shares), tile_size(len(model.head.weight), model.states.device)
+def tiles(part: Part, model: HiddenStates) -> Iterator[slice]:
+    """Return the positions of a part, as many at a time as are treated at once."""
+    count, size = len(part), tile_size(len(model.head.weight), model.states.device)
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _collect(part: Part, model: HiddenStates) -> Tensor:
     """Return a model's log-probs of the written tokens, (n,)."""
-    tiles = _tiles(part, model)
-    return torch.cat([_scores("student", model, tile, part.evidence.tokens[tile])[0].sampled for tile in tiles])
+    tokens = part.evidence.tokens
+    return torch.cat([scores("student", model, tile, tokens[tile])[0].sampled for tile in tiles(part, model)])
 
 
-def _scores(name: str, model: HiddenStates, tile: slice, tokens: Tensor) -> tuple[Scores, Tensor]:
-    """Return what a model says about a tile, and the logits, whose memory is that of the next model too."""
+def scores(name: str, model: HiddenStates, tile: slice, tokens: Tensor) -> tuple[Scores, Tensor]:
+    """Return what a model says about a tile, and the logits; each name has memory of its own, the logits share one."""
     states = model.states[tile]
     shape = len(states), len(model.head.weight), states.device
     logits = model.head.logits(states, _room("logits", *shape))

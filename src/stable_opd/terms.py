@@ -24,6 +24,8 @@ class LossTerm(Component, nn.Module):
     needs_reference: bool = False
     #: For "sampled": the term looks at each position by itself and may be called on tiles of them, which saves a pass.
     positionwise: bool = False
+    #: The weights of tokens apply to it (`Weighting`, and what is done with loops and truncated rows).
+    weighted: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a support that nobody would ever serve, so that a typing error is not a term that does nothing."""

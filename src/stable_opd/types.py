@@ -26,6 +26,7 @@ class Author(IntEnum):
     STUDENT = 0
     GOLDEN = 1
     TEACHER = 2
+    PAST = 3  # the student of an earlier step, whose row is learnt from once more
 
 
 class Finish(IntEnum):
@@ -78,10 +79,14 @@ class Plan(NamedTuple):
     Attributes:
         prompt: Which prompt of the batch the row answers, (B,).
         author: Who writes it, (B,).
+        prefix: How many tokens stand before a row of the student's, written by `prefix_author`.
+        prefix_author: `Author.GOLDEN` or `Author.TEACHER`.
     """
 
     prompt: list[int]
     author: list[Author]
+    prefix: int = 0
+    prefix_author: Author = Author.GOLDEN
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,12 @@ class Rollout:
         tokens: Prompt and completion of each row, one row after the other, (sum of both,).
         prompt_lengths: Prompt tokens of each row, (B,).
         lengths: Completion tokens of each row, its stop token included, (B,).
-        prompt: Which prompt of the batch each row answers, (B,).
-        author: `Author` of each row, (B,).
+        prompt: Which prompt of the batch each row answers, (B,); -1 for one of an earlier batch.
+        author: `Author` of each row, that of its last token, (B,).
         finish: `Finish` of each row, (B,).
         behaviour_logprobs: Log-prob of each completion token under whoever drew it, after the sampler; 0 for tokens
             that were not drawn, (N,).
+        token_author: `Author` of each completion token; a row may have begun with somebody else's, (N,).
         texts: Completion of each row as text, without special tokens.
     """
 
@@ -107,6 +113,7 @@ class Rollout:
     author: Tensor
     finish: Tensor
     behaviour_logprobs: Tensor
+    token_author: Tensor
     texts: list[str]
 
     def __len__(self) -> int:
@@ -149,10 +156,15 @@ class Rollout:
         """Numbers of the rows that ``author`` wrote, (rows,)."""
         return (self.author == author).nonzero().squeeze(1)
 
+    def places(self, rows: Tensor) -> Tensor:
+        """Return where the completion tokens of some rows stand among all, row after row in the order given."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        return starts[rows].repeat_interleave(self.lengths[rows]) + ragged_arange(self.lengths[rows])
+
     def select(self, rows: Tensor) -> "Rollout":
         """Return the rollout of some rows only, in the order given."""
         totals = self.prompt_lengths + self.lengths
-        completion_starts = self.lengths.cumsum(0) - self.lengths
+        places = self.places(rows)
         return replace(
             self,
             tokens=self.tokens[self.starts[rows].repeat_interleave(totals[rows]) + ragged_arange(totals[rows])],
@@ -161,9 +173,8 @@ class Rollout:
             prompt=self.prompt[rows],
             author=self.author[rows],
             finish=self.finish[rows],
-            behaviour_logprobs=self.behaviour_logprobs[
-                completion_starts[rows].repeat_interleave(self.lengths[rows]) + ragged_arange(self.lengths[rows])
-            ],
+            behaviour_logprobs=self.behaviour_logprobs[places],
+            token_author=self.token_author[places],
             texts=[self.texts[row] for row in rows.tolist()],
         )
 
@@ -246,6 +257,7 @@ class Evidence:
         author: `Author` of the token, (n,).
         behaviour_logprobs: Its log-prob under whoever drew it, (n,).
         progress: Share of the training that is over, from 0 to 1.
+        stop: Token ids that end an answer.
         student: Scores of the student; the only ones through which a gradient flows.
         teacher: Scores of the teacher, for components that declare ``needs_teacher``.
         reference: Scores of the initial student, for components that declare ``needs_reference``.
@@ -258,6 +270,7 @@ class Evidence:
     author: Tensor
     behaviour_logprobs: Tensor
     progress: float
+    stop: tuple[int, ...] = ()
     student: Scores = NOT_SCORED
     teacher: Scores = NOT_SCORED
     reference: Scores = NOT_SCORED
@@ -276,6 +289,7 @@ class Evidence:
             self.author[tile],
             self.behaviour_logprobs[tile],
             self.progress,
+            self.stop,
             student,
             teacher,
             reference,

@@ -2,15 +2,19 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
+from divergences.common import draw_logits, each_check
 from helpers import make_evidence
 from stable_opd import ReverseKL
 from stable_opd.divergences import reverse_kl
 
 
-def distributions(seed=0, n=6, vocabulary=9, scale=3.0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(2, n, vocabulary, generator=generator, dtype=dtype) * scale
-    return logits.log_softmax(-1)
+def distributions(**options):
+    return draw_logits(**options).log_softmax(-1)
+
+
+@each_check
+def test_contract(check):
+    check(ReverseKL())
 
 
 def test_known_value():

@@ -13,7 +13,7 @@ def prompts(*golden):
 
 @pytest.mark.parametrize("samples", [0, 1, 3])
 def test_plans_one_golden_row_for_each_prompt_after_the_students(samples):
-    plan = GoldenMixture().plan(prompts([4], [5]), samples, 0.0)
+    plan = GoldenMixture().plan(prompts([4], [5]), samples, 0.0, 0)
     assert plan.prompt == [0] * samples + [1] * samples + [0, 1]
     assert plan.author == [Author.STUDENT] * (2 * samples) + [Author.GOLDEN] * 2
 

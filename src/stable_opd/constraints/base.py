@@ -17,9 +17,12 @@ A complete plug-in:
 
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from stable_opd.controllers import Controller
+from stable_opd.schedules import Schedule, scheduled
 from stable_opd.terms import LossTerm
+from stable_opd.types import Evidence
 
 
 class Constraint(LossTerm):
@@ -34,3 +37,43 @@ class Constraint(LossTerm):
             value: Mean over the student's tokens in the global batch (0 where the term does not speak), a scalar, the
                 same on every process.
         """
+
+    def pull(self, student: nn.Module, reference: nn.Module | None) -> Tensor | None:
+        """Add the gradient of a penalty on the weights themselves, once per optimizer step; does nothing here.
+
+        Args:
+            student: The model that learns; its parameters hold the gradients of all terms.
+            reference: The initial student, for constraints that declare ``needs_reference``.
+
+        Returns:
+            The penalty's value without the weight, a scalar; None if there is no such penalty.
+        """
+        return None
+
+
+class WeightedConstraint(Constraint):
+    """A constraint whose weight may follow a schedule, and the value that it has.
+
+    Args:
+        weight: Factor of the term in the objective.
+        schedule: Changes the weight in the course of the training; none keeps it constant.
+        controller: Changes the weight so that the value comes to a target; none leaves it alone.
+    """
+
+    def __init__(self, weight: float, schedule: Schedule | None = None, controller: Controller | None = None) -> None:
+        super().__init__()
+        if weight < 0:
+            raise ValueError(f"Expected a weight of at least 0, but got {weight}.")
+        self.weight = weight
+        self.schedule = schedule
+        self.controller = controller
+
+    def scale(self, evidence: Evidence) -> float:
+        """Return the weight as it is now."""
+        factor = 1.0 if self.controller is None else self.controller.factor
+        return scheduled(self.weight, self.schedule, evidence.progress) * factor
+
+    def adapt(self, value: Tensor) -> None:
+        """Let the controller learn of the value."""
+        if self.controller is not None:
+            self.controller.update(float(value))

@@ -30,6 +30,7 @@ class Divergence(LossTerm):
 
     kind: ClassVar[str] = "divergence"
     needs_teacher: bool = True
+    weighted: bool = True
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The contract of a rollout engine: who runs generation."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +31,19 @@ class Request:
     max_new_tokens: int
     stop: Sequence[int]
     vocabulary: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """A second model that has a say in every token.
+
+    Attributes:
+        model: It reads what the first writes.
+        mix: Turns the logits of both, after the sampler, (B, V) each, into those of the distribution to draw from.
+    """
+
+    model: PreTrainedModel
+    mix: Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,5 +84,11 @@ class RolloutEngine(Component):
     kind: ClassVar[str] = "engine"
 
     @abstractmethod
-    def generate(self, model: PreTrainedModel, request: Request, sampler: Sampler) -> Completions:
-        """Let ``model`` write one completion for each row of the request."""
+    def generate(
+        self, model: PreTrainedModel, request: Request, sampler: Sampler, blend: Blend | None = None
+    ) -> Completions:
+        """Let ``model`` write one completion for each row of the request.
+
+        Raises:
+            ValueError: If there is a blend, and this engine runs one model only.
+        """

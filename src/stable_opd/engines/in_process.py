@@ -1,6 +1,7 @@
 """Generation in this process, as fast as it goes."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stable_opd.engines.base import Completions, Request, RolloutEngine, check_drawn
+from stable_opd.engines.base import Blend, Completions, Request, RolloutEngine, check_drawn
 from stable_opd.engines.decoder import Decoder, obstacle
 from stable_opd.engines.replay import ReplayedStep, recordable
 from stable_opd.engines.transformers import TransformersEngine
@@ -65,21 +66,31 @@ class InProcessEngine(RolloutEngine):
         self.loops = loops
         self._said: set[str] = set()
 
-    def generate(self, model: PreTrainedModel, request: Request, sampler: Sampler) -> Completions:
+    def generate(
+        self, model: PreTrainedModel, request: Request, sampler: Sampler, blend: Blend | None = None
+    ) -> Completions:
         """Let ``model`` write one completion for each row of the request."""
-        if hasattr(model, "get_base_model"):  # wrapped by peft; the adapters are in the model within
-            model = cast(Any, model).get_base_model()
-        reason = obstacle(model)
+        models = [_unwrapped(each) for each in ([model] if blend is None else [model, blend.model])]
+        reason = next(filter(None, map(obstacle, models)), None)
         if reason is not None:
             self._say(f"Rollouts go through the model's own forward, which is slower, because {reason}.")
-            return TransformersEngine().generate(model, request, sampler)
+            second = None if blend is None else Blend(models[1], blend.mix)
+            return TransformersEngine().generate(models[0], request, sampler, second)
         device = model.device
         automatic = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if automatic else model.dtype
         longest = max(len(request.prompts[index]) for index in set(request.prompt)) + request.max_new_tokens
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            batch = _Batch(Decoder(model, longest, request.vocabulary, dtype), request, self.loops)
-            batch.write(sampler)
+            decoders = [
+                Decoder(
+                    each,
+                    longest,
+                    request.vocabulary,
+                    torch.get_autocast_dtype(device.type) if automatic else each.dtype,
+                )
+                for each in models
+            ]
+            batch = _Batch(decoders, request, self.loops)
+            batch.write(sampler, None if blend is None else blend.mix)
             inside = torch.arange(request.max_new_tokens, device=device) < batch.lengths[:, None]
             written = batch.tokens[inside], batch.logprobs[inside], batch.lengths, batch.finish
         completions = Completions(*(each.clone() for each in written))  # tensors that autograd may keep
@@ -92,17 +103,21 @@ class InProcessEngine(RolloutEngine):
             _log.warning(message)
 
 
-class _Batch:
-    """The rows of a request; those that are still being written stand first in the buffers.
+def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model in which the adapters of peft are, or the model itself."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class _Reader:
+    """A model that follows the rows: its cache, and the logits of the token to come.
 
     All rows end at the same column of the cache, so a token of each is written by one copy. A row with a shorter prompt
     starts further to the right, and what stands before it is hidden by a bias.
     """
 
-    def __init__(self, decoder: Decoder, request: Request, loops: LoopStop | None) -> None:
-        self.decoder, self.loops, self.budget = decoder, loops, request.max_new_tokens
+    def __init__(self, decoder: Decoder, request: Request) -> None:
+        self.decoder = decoder
         device = decoder.embedding.device
-        self.poll = POLL.get(device.type, 1)
         prompt = torch.tensor(list(request.prompt), device=device)
         used, share = prompt.unique(return_inverse=True)
         prompts = [request.prompts[index] for index in used.tolist()]
@@ -113,30 +128,76 @@ class _Batch:
         ids = torch.tensor([token for each in prompts for token in each], device=device)
         read = decoder.make_cache(len(prompts), self.width)
         self.logits = decoder.prefill(ids, Packing(sizes), read, starts)[share]
-        self.cache = decoder.make_cache(len(prompt), self.width + self.budget)
+        self.cache = decoder.make_cache(len(prompt), self.width + request.max_new_tokens)
         self.cache[:, :, :, :, : self.width] = read[:, :, share]
         del read
         self.starts = starts[share]
-        self.rows = torch.arange(len(prompt), device=device)
-        # What was written, by the number of the row, and the same for the rows that are still being written.
-        self.tokens = torch.zeros(len(prompt), self.budget, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(len(prompt), self.budget, dtype=torch.float32, device=device)
-        self.lengths = torch.full((len(prompt),), self.budget, device=device)
-        self.finish = torch.full((len(prompt),), int(Finish.LENGTH), device=device)
-        self.noise = uniforms(request.keys, self.budget).to(device)
-        self.live_tokens, self.live_logprobs = self.tokens.clone(), self.logprobs.clone()
-        self.going = torch.ones(len(prompt), dtype=torch.bool, device=device)
-        self.stops = torch.zeros(len(decoder.embedding), dtype=torch.bool, device=device)
-        self.stops[torch.tensor(list(request.stop), dtype=torch.long, device=device)] = True
         self.replayed: ReplayedStep | None = None
         self.first, self.bias = 0, None  # type: int, Tensor | None
         self._arrange()
 
-    def write(self, sampler: Sampler) -> None:
+    def advance(self, tokens: Tensor, written: int) -> None:
+        """Read one more token of each live row, after ``written`` others."""
+        column = self.width + written
+        if recordable(tokens.device):
+            if self.replayed is None or self.replayed.width <= column:
+                self.replayed = ReplayedStep(self.decoder, self.cells, self.starts, column)
+            self.logits = self.replayed(tokens, column)
+            return
+        first, last = self.first, column + 1
+        cells = [layer.narrow(3, first, last - first) for layer in self.cells]
+        bias = None if self.bias is None else self.bias.narrow(3, first, last - first)
+        self.logits = self.decoder.step(tokens, self.decoder.rotation[column - self.starts], cells, bias)
+
+    def keep(self, index: Tensor, written: int) -> None:
+        """Go on with some of the live rows."""
+        used = self.width + written
+        for layer in self.cache:  # one by one, because what is moved is in memory twice
+            layer[:, : len(index), :, :used] = layer[:, index, :, :used]
+        self.starts, self.logits = self.starts[index], self.logits[index]
+        if len(index):
+            self._arrange()
+
+    def _arrange(self) -> None:
+        """Make the views of the cache that the live rows need."""
+        self.cells = [layer[:, : len(self.starts)] for layer in self.cache]
+        self.replayed = None
+        self.first = int(self.starts.min())
+        self.bias = None
+        if self.first != int(self.starts.max()):
+            column = torch.arange(self.cache.shape[4], device=self.starts.device)
+            hidden = column < self.starts[:, None]
+            self.bias = torch.zeros(hidden.shape, dtype=self.cache.dtype, device=hidden.device)
+            self.bias = self.bias.masked_fill_(hidden, -float("inf"))[:, None, None]
+
+
+class _Batch:
+    """The rows of a request; those that are still being written stand first in the buffers."""
+
+    def __init__(self, decoders: Sequence[Decoder], request: Request, loops: LoopStop | None) -> None:
+        self.loops, self.budget = loops, request.max_new_tokens
+        self.readers = [_Reader(decoder, request) for decoder in decoders]
+        device, count = decoders[0].embedding.device, len(request.prompt)
+        self.poll = POLL.get(device.type, 1)
+        self.rows = torch.arange(count, device=device)
+        # What was written, by the number of the row, and the same for the rows that are still being written.
+        self.tokens = torch.zeros(count, self.budget, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(count, self.budget, dtype=torch.float32, device=device)
+        self.lengths = torch.full((count,), self.budget, device=device)
+        self.finish = torch.full((count,), int(Finish.LENGTH), device=device)
+        self.noise = uniforms(request.keys, self.budget).to(device)
+        self.live_tokens, self.live_logprobs = self.tokens.clone(), self.logprobs.clone()
+        self.going = torch.ones(count, dtype=torch.bool, device=device)
+        self.stops = torch.zeros(len(decoders[0].embedding), dtype=torch.bool, device=device)
+        self.stops[torch.tensor(list(request.stop), dtype=torch.long, device=device)] = True
+
+    def write(self, sampler: Sampler, mix: Callable[[Tensor, Tensor], Tensor] | None) -> None:
         """Write all rows to their end."""
         looked = 0
         for step in range(self.budget):
-            logits = sampler(self.logits, self.live_tokens[:, :step])
+            logits = sampler(self.readers[0].logits, self.live_tokens[:, :step])
+            if mix is not None:
+                logits = mix(logits, self.readers[1].logits)
             drawn, logprobs = draw(logits, self.noise[:, step])
             self.live_tokens[:, step] = drawn
             self.live_logprobs[:, step] = logprobs
@@ -148,19 +209,8 @@ class _Batch:
                     return
                 drawn = self.live_tokens[:, step]
             if done < self.budget:
-                self._advance(drawn, self.width + step)
-
-    def _advance(self, tokens: Tensor, column: int) -> None:
-        """Append one token to each live row."""
-        if recordable(tokens.device):
-            if self.replayed is None or self.replayed.width <= column:
-                self.replayed = ReplayedStep(self.decoder, self.cells, self.starts, column)
-            self.logits = self.replayed(tokens, column)
-            return
-        first, last = self.first, column + 1
-        cells = [layer.narrow(3, first, last - first) for layer in self.cells]
-        bias = None if self.bias is None else self.bias.narrow(3, first, last - first)
-        self.logits = self.decoder.step(tokens, self.decoder.rotation[column - self.starts], cells, bias)
+                for reader in self.readers:
+                    reader.advance(drawn, step)
 
     def _look(self, since: int, done: int) -> None:
         """Find the rows that have ended since the last look, and drop them when that pays."""
@@ -178,7 +228,7 @@ class _Batch:
         if done == self.budget or count == 0:
             self._keep(self.going & False, done)
         # Moving the rest costs about as much as reading it once; on a GPU a new step is recorded besides.
-        elif count <= (0.5 if recordable(self.starts.device) else 0.9) * len(self.rows):
+        elif count <= (0.5 if recordable(self.going.device) else 0.9) * len(self.rows):
             self._keep(self.going, done)
 
     def _seeks_loops(self, done: int) -> bool:
@@ -194,23 +244,7 @@ class _Batch:
         """Put what the live rows have written where it belongs, and go on with some of them, (rows,) bool."""
         self.tokens[self.rows], self.logprobs[self.rows] = self.live_tokens, self.live_logprobs
         index = mask.nonzero().squeeze(1)
-        for layer in self.cache:  # one by one, because what is moved is in memory twice
-            layer[:, : len(index), :, : self.width + done] = layer[:, index, :, : self.width + done]
-        self.rows, self.starts, self.going = self.rows[index], self.starts[index], self.going[index]
-        self.logits, self.noise = self.logits[index], self.noise[index]
+        for reader in self.readers:
+            reader.keep(index, done)
+        self.rows, self.going, self.noise = self.rows[index], self.going[index], self.noise[index]
         self.live_tokens, self.live_logprobs = self.live_tokens[index], self.live_logprobs[index]
-        if len(index):
-            self._arrange()
-
-    def _arrange(self) -> None:
-        """Make the views of the cache that the live rows need."""
-        count = len(self.rows)
-        self.cells = [layer[:, :count] for layer in self.cache]
-        self.replayed = None
-        self.first = int(self.starts.min())
-        self.bias = None
-        if self.first != int(self.starts.max()):
-            column = torch.arange(self.cache.shape[4], device=self.starts.device)
-            hidden = column < self.starts[:, None]
-            self.bias = torch.zeros(hidden.shape, dtype=self.cache.dtype, device=hidden.device)
-            self.bias = self.bias.masked_fill_(hidden, -float("inf"))[:, None, None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from stable_opd.engines.base import Completions, Request, RolloutEngine, check_drawn
+from stable_opd.engines.base import Blend, Completions, Request, RolloutEngine, check_drawn
 from stable_opd.randomness import uniforms
 from stable_opd.samplers.base import Sampler, draw
 from stable_opd.types import Finish
@@ -20,10 +20,13 @@ class TransformersEngine(RolloutEngine):
     """
 
     @torch.no_grad()
-    def generate(self, model: PreTrainedModel, request: Request, sampler: Sampler) -> Completions:
+    def generate(
+        self, model: PreTrainedModel, request: Request, sampler: Sampler, blend: Blend | None = None
+    ) -> Completions:
         """Let ``model`` write one completion for each row of the request."""
         device = model.device
         batch = _Batch(model, request)
+        second = None if blend is None else _Batch(blend.model, request)
         noise = uniforms(request.keys, request.max_new_tokens).to(device)
         stop = torch.tensor(list(request.stop), device=device)
         tokens = torch.zeros(noise.shape, dtype=torch.long, device=device)
@@ -32,16 +35,22 @@ class TransformersEngine(RolloutEngine):
         finish = torch.full((len(noise),), int(Finish.LENGTH), device=device)
         for step in range(request.max_new_tokens):
             rows = batch.rows
-            drawn, drawn_logprobs = draw(sampler(batch.logits, tokens[rows, :step]), noise[rows, step])
+            logits = sampler(batch.logits, tokens[rows, :step])
+            if blend is not None and second is not None:
+                logits = blend.mix(logits, second.logits)
+            drawn, drawn_logprobs = draw(logits, noise[rows, step])
             tokens[rows, step], logprobs[rows, step] = drawn, drawn_logprobs
             done = torch.isin(drawn, stop)
             lengths[rows[done]], finish[rows[done]] = step + 1, int(Finish.STOP)
+            batches = [batch] if second is None else [batch, second]
             if bool(done.any()):
-                batch.keep(~done)
+                for each in batches:
+                    each.keep(~done)
                 drawn = drawn[~done]
             if len(batch.rows) == 0 or step + 1 == request.max_new_tokens:
                 break
-            batch.advance(drawn)
+            for each in batches:
+                each.advance(drawn)
         inside = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
         completions = Completions(tokens[inside], logprobs[inside], lengths, finish)
         check_drawn(completions)

@@ -30,7 +30,7 @@ class GoldenMixture(Mixture):
         self.weight = weight
         self.schedule = schedule
 
-    def plan(self, prompts: Prompts, samples: int, progress: float) -> Plan:
+    def plan(self, prompts: Prompts, samples: int, progress: float, step: int) -> Plan:
         """Plan the student's rows, and after them one golden row for each prompt.
 
         Raises:

@@ -20,7 +20,7 @@ class StudentOnly(Mixture):
 
     positionwise: bool = True
 
-    def plan(self, prompts: Prompts, samples: int, progress: float) -> Plan:
+    def plan(self, prompts: Prompts, samples: int, progress: float, step: int) -> Plan:
         """Plan the student's rows and nothing else."""
         return student_rows(prompts, samples)
 

@@ -17,10 +17,10 @@ A complete plug-in:
 from abc import abstractmethod
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from stable_opd.registry import Component
-from stable_opd.types import Repetition, Rollout
+from stable_opd.types import Finish, Repetition, Rollout
 
 
 class RepetitionDetector(Component, nn.Module):
@@ -31,3 +31,8 @@ class RepetitionDetector(Component, nn.Module):
     @abstractmethod
     def forward(self, rollout: Rollout) -> Repetition:
         """Return a mark per completion token and a flag per row; it reads tokens or texts."""
+
+
+def answer_lengths(rollout: Rollout) -> Tensor:
+    """Return the tokens of each row without the stop token at its end, (B,)."""
+    return (rollout.lengths - (rollout.finish == Finish.STOP).long()).clamp(min=0)

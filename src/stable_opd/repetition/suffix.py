@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from stable_opd.repetition.base import RepetitionDetector
-from stable_opd.types import Finish, Repetition, Rollout
+from stable_opd.repetition.base import RepetitionDetector, answer_lengths
+from stable_opd.types import Repetition, Rollout
 
 
 def repeated_suffix(tokens: Tensor, lengths: Tensor, max_period: int, min_copies: int, min_tokens: int) -> Tensor:
@@ -64,8 +64,7 @@ class PeriodicSuffix(RepetitionDetector):
 
     def forward(self, rollout: Rollout) -> Repetition:
         """Return the marks of the repeated tokens, and a flag for each row that has some."""
-        stop = (rollout.finish == Finish.STOP).long()
-        lengths = (rollout.lengths - stop).clamp(min=0)
+        lengths = answer_lengths(rollout)
         width = int(lengths.max()) if len(lengths) else 0
         aligned = rollout.tokens.new_full((len(rollout), max(width, 1)), -1)
         inside = rollout.position < lengths[rollout.row]

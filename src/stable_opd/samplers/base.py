@@ -28,6 +28,11 @@ class Sampler(Component, nn.Module):
 
     kind: ClassVar[str] = "sampler"
 
+    @property
+    def follows_student(self) -> bool:
+        """Whether it draws from the student's own distribution, as on-policy distillation assumes; not known: False."""
+        return False
+
     @abstractmethod
     def forward(self, logits: Tensor, prefix: Tensor) -> Tensor:
         """Return the logits to draw from.

@@ -40,6 +40,11 @@ class Temperature(Sampler):
         super().__init__()
         self.temperature = check_temperature(temperature)
 
+    @property
+    def follows_student(self) -> bool:
+        """Whether the temperature changes nothing."""
+        return self.temperature == 1
+
     def forward(self, logits: Tensor, prefix: Tensor) -> Tensor:
         """Return the logits divided by the temperature, (B, V)."""
         return tempered(logits, self.temperature)

@@ -38,6 +38,11 @@ class TopP(Sampler):
         self.p = p
         self.temperature = check_temperature(temperature)
 
+    @property
+    def follows_student(self) -> bool:
+        """Whether no token is ruled out, and the temperature changes nothing."""
+        return self.p == 1 and self.temperature == 1
+
     def forward(self, logits: Tensor, prefix: Tensor) -> Tensor:
         """Return the logits of the nucleus, (B, V)."""
         return nucleus(tempered(logits, self.temperature), self.p)

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stable_opd.registry import Component
 from stable_opd.scoring import HiddenStates
@@ -41,6 +41,18 @@ class Teacher(Component):
     def footprint(self) -> int:
         """Bytes that it occupies on the device; 0 for one that runs elsewhere."""
         return 0
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The model itself, for mixtures in which the teacher writes; it is on the device while it is `present`.
+
+        Raises:
+            ValueError: If it is not in this process.
+        """
+        raise ValueError(
+            f"{type(self).__name__} scores tokens but does not write any. Use a LocalTeacher, or a mixture in which "
+            "the teacher writes nothing, such as GoldenMixture."
+        )
 
     @abstractmethod
     def score(self, rollout: Rollout) -> HiddenStates:

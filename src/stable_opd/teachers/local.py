@@ -37,6 +37,11 @@ class LocalTeacher(Teacher):
         return self._model
 
     @property
+    def language_model(self) -> PreTrainedModel:
+        """The loaded model."""
+        return self.model
+
+    @property
     def context_length(self) -> int | None:
         """How many tokens the teacher can read."""
         return context_length(self.model)
