@@ -35,10 +35,9 @@ def _components(message: str) -> list[str]:
     found = []
     for match in re.finditer(r"Expected a dot import path string: (\S+)", message):
         # The kind that the message mentions last before the name is the one that the name should be of.
-        before = message[: match.start()].lower()
-        kind = max(registry.kinds(), key=before.rfind)
-        if kind in before:
-            found.append(registry.unknown_name(kind, match.group(1)))
+        mentioned = re.findall(rf"\b({'|'.join(registry.kinds())})s?\b", message[: match.start()].lower())
+        if mentioned:
+            found.append(registry.unknown_name(mentioned[-1], match.group(1)))
     return found
 
 

@@ -1,20 +1,19 @@
 """A first look at the student's tokens, before the loss: what weights may depend on."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stable_opd.diagnostics import entropy
 from stable_opd.divergences.kl import expectation
-from stable_opd.models import output_head
-from stable_opd.objective import Piece, Reading, part_of
+from stable_opd.models import Head, output_head
+from stable_opd.objective import Group, Piece, Reading, part_of
 from stable_opd.scoring import HiddenStates, body
 from stable_opd.streaming import scores, tiles
-from stable_opd.types import Repetition, Rollout
+from stable_opd.types import Author, Repetition, Rollout
 
 
 @dataclass(frozen=True)
@@ -76,27 +75,56 @@ def glance(
 ) -> Glance:
     """Let the student read all micro-batches without a gradient, and compare it with the teacher.
 
+    It reads as it writes, without dropout, so that the weights are no matter of chance.
+
     Args:
         work: The micro-batches.
         readings: What the teacher said of each.
         student: The model that learns.
         vocabulary: Size of the shared vocabulary.
         count: Completion tokens N of the rollout.
+
+    Raises:
+        ValueError: If the teacher did not read what the student wrote.
     """
     found = torch.zeros(4, count, device=student.device)
-    head = output_head(student, vocabulary).detached()
+    head, learning = _head(student, vocabulary), student.training
+    student.eval()
     for piece, answers in zip(work, readings, strict=True):
         states, start = body(student, piece.rollout), 0
         for group, reading in zip(piece.groups, answers, strict=True):
-            ours = HiddenStates(states[start : start + len(group.places)], head)
+            ours = states[start : start + len(group.places)]
             start += len(group.places)
-            if not group.on_policy or reading.teacher is None:
-                continue
-            part = part_of(group, reading, {})
-            for tile in tiles(part, ours):
-                tokens = group.evidence.tokens[tile]
-                p = scores("student", ours, tile, tokens)[0]
-                q = scores("teacher", reading.teacher, tile, tokens)[0]
-                divergence = expectation(p.probs, p.logprobs - q.logprobs)
-                found[:, group.places[tile]] = torch.stack([p.sampled, q.sampled, entropy(p.logprobs), divergence])
+            if group.on_policy:
+                found[:, group.places] = _seen(group, reading, HiddenStates(ours, head))
+    student.train(learning)
     return Glance(*found)
+
+
+def _seen(group: Group, reading: Reading, ours: HiddenStates) -> Tensor:
+    """Return what `Glance` holds of a group's tokens, (4, n)."""
+    theirs = reading.teacher
+    if theirs is None:
+        raise ValueError(
+            "Expected a divergence that asks the teacher, because a weighting compares the student with it, but got "
+            "none. Choose one that declares needs_teacher = True, or leave the weighting out."
+        )
+    found = torch.zeros(4, len(group.places), device=ours.states.device)
+    # As in the loss: precision is decided by the dtypes that arrive.
+    with torch.autocast(ours.states.device.type, enabled=False):
+        for tile in tiles(part_of(group, reading, {}), ours):
+            tokens = group.evidence.tokens[tile]
+            p = scores("student", ours, tile, tokens)[0]
+            q = scores("teacher", theirs, tile, tokens)[0]
+            entropy = -expectation(p.probs, p.logprobs)
+            gap = torch.sub(p.logprobs, q.logprobs, out=q.logprobs)  # memory of the tile, not needed any more
+            found[:, tile] = torch.stack([p.sampled, q.sampled, entropy, expectation(p.probs, gap)])
+    return found.where(group.evidence.written_by(Author.STUDENT), 0)
+
+
+def _head(student: PreTrainedModel, vocabulary: int) -> Head:
+    """Return the student's head without gradients, in the precision in which the loss reads it."""
+    head = output_head(student, vocabulary).detached()
+    if student.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return head
+    return replace(head, weight=head.weight.to(torch.get_autocast_dtype("cuda")))

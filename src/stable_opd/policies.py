@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class Policies:
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
+        for policy, known in ((self.loops, LoopPolicy), (self.truncated, TruncationPolicy)):
+            if policy not in get_args(known):
+                raise ValueError(f"Expected a policy out of {', '.join(get_args(known))}, but got {policy!r}.")
         if not 0 < self.factor < 1 or self.window < 1:
             raise ValueError(
                 "Expected a factor between 0 and 1 and a window of at least 1, but got "
@@ -52,7 +55,7 @@ class Policies:
         """Return the weight of each completion token, (N,); None if all are 1."""
         if self.loops in ("keep", "golden") and self.truncated in ("keep", "drop"):
             return None
-        weights = torch.ones_like(rollout.behaviour_logprobs)
+        weights = torch.ones(len(rollout.row), device=rollout.row.device)
         if self.loops in ("mask", "down_weight"):
             weights[repetition.in_loop] = self.factor if self.loops == "down_weight" else 0.0
         cut = rollout.truncated[rollout.row]
@@ -79,11 +82,9 @@ class Policies:
         if self.loops != "golden":
             return rollout, repetition
         looping = repetition.repetitive & (rollout.author == Author.STUDENT) & (rollout.prompt >= 0)
-        golden = {row: prompts.golden[int(rollout.prompt[row])] for row in looping.nonzero().squeeze(1).tolist()}
-        golden = {row: tokens for row, tokens in golden.items() if tokens}
-        if not golden:
-            return rollout, repetition
-        return _replaced(rollout, repetition, {row: list(tokens or ()) for row, tokens in golden.items()}, stop)
+        solutions = {row: prompts.golden[int(rollout.prompt[row])] for row in looping.nonzero().squeeze(1).tolist()}
+        golden = {row: list(tokens) for row, tokens in solutions.items() if tokens}
+        return _replaced(rollout, repetition, golden, stop) if golden else (rollout, repetition)
 
 
 def _replaced(

@@ -122,11 +122,12 @@ class Writers:
     ) -> list["_Row"]:
         """Let the student write rows, or go on where a prefix ends."""
         keys = row_keys(plan, prompts, rows, *key_parts)
+        if not rows:
+            return []
+        extra = {} if blend is None else {"blend": blend}  # an engine that runs one model need not know of it
         if not prefixes:
             request = self._request(prompts.ids, [plan.prompt[row] for row in rows], keys, self.max_new_tokens)
-            return (
-                _Row.split(self.engine.generate(self.student, request, sampler, blend), Author.STUDENT) if rows else []
-            )
+            return _Row.split(self.engine.generate(self.student, request, sampler, **extra), Author.STUDENT)
         begun = [each.finish != Finish.STOP and len(each.tokens) < self.max_new_tokens for each in prefixes]
         going = [place for place, goes in enumerate(begun) if goes]
         if not going:
@@ -134,7 +135,7 @@ class Writers:
         heads = [[*prompts.ids[plan.prompt[rows[place]]], *prefixes[place].tokens.tolist()] for place in going]
         budget = self.max_new_tokens - min(len(prefixes[place].tokens) for place in going)
         request = self._request(heads, list(range(len(heads))), [keys[place] for place in going], budget)
-        written = _Row.split(self.engine.generate(self.student, request, sampler, blend), Author.STUDENT)
+        written = _Row.split(self.engine.generate(self.student, request, sampler, **extra), Author.STUDENT)
         whole = list(prefixes)
         for place, text in zip(going, written, strict=True):
             whole[place] = prefixes[place].followed_by(text, self.max_new_tokens)

@@ -90,6 +90,9 @@ class OnMetric(Schedule):
 
         factor <- min(factor * raise_by, largest)    or    1 + (factor - 1) * (1 - relax)
 
+    A metric that is not a number (a mean over no token) says nothing and changes nothing. Prefer a controller where the
+    constraint's own value is to be held.
+
     Source: public guard rails of on-policy distillation, which double the weights when 5 % of the answers repeat
     themselves in two evaluations in a row.
 
@@ -142,6 +145,8 @@ class OnMetric(Schedule):
             raise ValueError(
                 f"Expected a metric that is logged in every step, but got {self.metric!r}. Known: {known}."
             )
+        if math.isnan(figures[self.metric]):
+            return
         self.seen = self.seen + 1 if figures[self.metric] >= self.above else 0
         if self.seen and self.seen % self.patience == 0:
             self.factor = min(self.factor * self.raise_by, self.largest)

@@ -95,6 +95,7 @@ def test_remainder_is_raised_above_the_rounding(held):
     found = with_bucket(head)
     torch.testing.assert_close(found.exp(), torch.tensor([[0.75, 0.25, LEAST]]), rtol=1e-4, atol=1e-7)
     assert found[0, 2].item() == pytest.approx(torch.tensor(LEAST).log().item(), abs=1e-3)
+    assert found.exp().sum().item() == pytest.approx(1, abs=2e-7)
     assert torch.autograd.grad(found.sum(), head)[0].isfinite().all()
 
 

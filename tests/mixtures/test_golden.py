@@ -21,7 +21,7 @@ def test_plans_one_golden_row_for_each_prompt_after_the_students(samples):
 @pytest.mark.parametrize("golden", [None, []], ids=["none", "empty"])
 def test_prompt_without_a_golden_solution_is_refused_by_its_number(golden):
     with pytest.raises(ValueError, match=r"1 of 3 .*first is example 11.*data\.columns\.golden.*StudentOnly"):
-        GoldenMixture().plan(prompts([4], golden, [5]), 2, 0.0)
+        GoldenMixture().plan(prompts([4], golden, [5]), 2, 0.0, 0)
 
 
 def test_loss_is_the_weighted_cross_entropy_and_the_value_is_unweighted():

@@ -7,7 +7,7 @@ PROMPTS = Prompts([[1], [2], [3]], [None, [4], None], [0, 1, 2], [{}] * 3)
 
 
 def test_plans_the_students_rows_with_those_of_a_prompt_together():
-    plan = StudentOnly().plan(PROMPTS, 2, 0.0)
+    plan = StudentOnly().plan(PROMPTS, 2, 0.0, 0)
     assert plan.prompt == [0, 0, 1, 1, 2, 2]
     assert plan.author == [Author.STUDENT] * 6
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import make_rollout
-from stable_opd import PeriodicSuffix
+from stable_opd import Finish, PeriodicSuffix
 from stable_opd.repetition import TokenAutocorrelation, recurring_tail, smallest_period
 
 ROW = st.lists(st.integers(0, 3), max_size=12)
@@ -97,9 +97,7 @@ def test_loop_with_a_counter_is_found_where_exact_copies_are_not():
     rollout = make_rollout([head + counting(40, 12)])
     found = TokenAutocorrelation()(rollout)
     assert found.repetitive.tolist() == [True]
-    assert found.in_loop.tolist() == [False] * 112 + [True] * (
-        39 * 12
-    )  # from the second sentence on, counters included
+    assert found.in_loop.tolist() == [False] * 112 + [True] * (39 * 12)  # the second sentence and on
     assert not PeriodicSuffix()(rollout).repetitive.any()
 
 

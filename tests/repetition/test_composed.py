@@ -1,3 +1,4 @@
+import csv
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_none_at_all_is_refused(composed):
 
 def test_parts_are_registered_as_modules():
     parts = [PeriodicSuffix(), ZlibRepetition()]
-    assert list(AnyOf(parts).children())[0][0] is parts[0]
+    assert next(iter(AnyOf(parts).children()))[0] is parts[0]
     assert len(list(AnyOf(parts).modules())) == 4
 
 
@@ -115,13 +116,15 @@ def test_yaml_names_the_parts_by_their_short_names(recipe, capsys):
     assert zlib["init_args"] == {"window": 100, "threshold": 10.0}
 
 
-def test_run_with_several_detectors(recipe):
-    """The parts are built and asked: a detector that flags everything makes a repetition rate of 1."""
-    everything = {"class_path": "TokenAutocorrelation", "init_args": {"tail": 1, "max_period": 6, "min_share": 1.0}}
-    anything = {"class_path": "NGramLoop", "init_args": {"n": 1, "min_count": 2}}
-    main(["fit", "-c", recipe({"class_path": "AnyOf", "init_args": {"detectors": [everything, anything, *TWO]}})])
-    config = yaml.safe_load(Path("runs/opd/version_0/config.yaml").read_text())
-    assert len(config["model"]["repetition"]["init_args"]["detectors"]) == 4
+@pytest.mark.parametrize(("composed", "rate"), [("AnyOf", 1.0), ("AllOf", 0.0)])
+def test_run_asks_all_parts(recipe, composed, rate):
+    """One of them flags every answer of two letters, the other none."""
+    everything = {"class_path": "ZlibRepetition", "init_args": {"window": 1, "threshold": 0.01}}
+    parts = [everything, "NGramLoop"]
+    main(["fit", "-c", recipe({"class_path": composed, "init_args": {"detectors": parts}})])
+    with Path("runs/opd/version_0/metrics.csv").open() as file:
+        (row,) = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert float(row["train/repetition_rate"]) == rate
     main(["fit", "-c", "runs/opd/version_0/config.yaml"])  # the record of a run can be run
 
 

@@ -60,10 +60,9 @@ def test_rows_do_not_depend_on_each_other(name):
     assert together.repetitive.tolist() == [each.repetitive.item() for each in alone]
 
 
-@pytest.mark.parametrize("name", OURS)
+# ZlibRepetition looks at the text, and marks in proportion.
+@pytest.mark.parametrize("name", [name for name in OURS if name != "ZlibRepetition"])
 def test_stop_token_is_never_marked_by_what_looks_at_tokens(name):
-    if name == "ZlibRepetition":
-        pytest.skip("looks at the text, and marks in proportion")
     found = make(name)(make_rollout([[5] * 700, [5] * 700], finish=[Finish.STOP, Finish.LENGTH]))
     assert found.repetitive.tolist() == [True, True]
     assert [found.in_loop[699].item(), found.in_loop[1399].item()] == [False, True]

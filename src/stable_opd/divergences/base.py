@@ -13,16 +13,34 @@ A complete plug-in:
             p, q = evidence.student.logprobs, evidence.teacher.logprobs
             loss = (q.exp() * (q - p)).sum(-1)
             return TokenLoss(loss, loss.detach(), evidence.written_by(Author.STUDENT))
+
+And one that is given by the advantage of a token:
+
+    from stable_opd import AdvantageDivergence
+
+    class Likelihood(AdvantageDivergence):
+        \"\"\"What the teacher thinks of a token, whatever the student does.\"\"\"
+
+        def advantage(self, student, teacher, reference):
+            return teacher
 """
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stable_opd.divergences.baselines import AdvantageBaseline
+from stable_opd.divergences.transforms import AdvantageTransform
 from stable_opd.terms import LossTerm
-from stable_opd.types import Author, Evidence, TokenLoss
+from stable_opd.types import Author, Evidence, Scores, TokenLoss
+
+#: A token that a model rules out counts as if it had this log-prob, so that advantages and their means stay finite.
+LEAST_LOGPROB = -1e4
+
+#: The largest logarithm of an importance ratio; beyond it the ratio stands still.
+LARGEST_LOG_RATIO = 20.0
 
 
 class Divergence(LossTerm):
@@ -33,41 +51,157 @@ class Divergence(LossTerm):
     weighted: bool = True
 
 
-def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+def clipped_surrogate(
+    log_ratio: Tensor, advantage: Tensor, clip: float | None, dual_clip: float | None = None
+) -> Tensor:
     """Return the clipped policy-gradient loss of PPO and GRPO, per position.
 
         -min(rho * A, clamp(rho, 1 - clip, 1 + clip) * A),  rho = exp(log_ratio)
 
+    and at most -dual_clip * A where A < 0, however large the ratio is.
+
     Args:
         log_ratio: Log-prob of the token under the student minus that under whoever drew it, (n,).
         advantage: Advantage A of the token, (n,), without gradient.
-        clip: Half-width of the interval in which the ratio may move.
+        clip: Half-width of the interval in which the ratio may move; None weighs by the ratio alone, -rho * A.
+        dual_clip: How large the ratio of a bad token may count; None means without bound.
 
     Returns:
         Losses, (n,).
     """
-    ratio = log_ratio.exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+    gain = ratio * advantage
+    if clip is not None:
+        gain = torch.minimum(gain, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    if dual_clip is not None:
+        gain = torch.where(advantage < 0, torch.maximum(gain, dual_clip * advantage), gain)
+    return -gain
+
+
+def discounted_future(rewards: Tensor, row: Tensor, discount: float) -> Tensor:
+    """Return what follows each token in its row, sum_{k > t} discount^(k - t) r_k.
+
+    Args:
+        rewards: What each token counts, (n,).
+        row: Row of each token, (n,); rows are contiguous.
+        discount: Factor per token, from 0 to 1.
+
+    Returns:
+        Sums, (n,); 0 at the last token of a row.
+    """
+    total, step = rewards, 1
+    # After each round `total` spans twice as many tokens, as long as they are of the same row.
+    while step < len(rewards):
+        same = row[step:] == row[:-step]
+        total = torch.cat([total[:-step] + discount**step * total[step:] * same, total[-step:]])
+        step *= 2
+    future = torch.zeros_like(total)
+    future[:-1] = discount * total[1:] * (row[1:] == row[:-1])
+    return future
+
+
+class LogProbs(NamedTuple):
+    """Log-probs of some tokens under the three models, all of one shape and at least `LEAST_LOGPROB`."""
+
+    student: Tensor
+    teacher: Tensor
+    reference: Tensor | None
 
 
 class AdvantageDivergence(Divergence):
     """A divergence that is given as an advantage per token and descended by the clipped policy gradient.
 
+        loss_t = -min(rho_t G_t, clamp(rho_t, 1 - clip, 1 + clip) G_t)
+        G_t = transform(A_t) - baseline_t + sum_{k > t} discount^(k - t) transform(-D_k)
+
+    with A the `advantage` and D the `estimate`, which for most is -A, and then G_t is the discounted sum of A from t
+    on. The parts decide what has to be seen: a baseline the whole vocabulary, a discount the whole row. Tokens that
+    the student did not write add nothing to a sum.
+
     Args:
-        clip: Half-width of the interval in which the importance ratio may move before its gradient is cut.
+        clip: Half-width of the interval in which the importance ratio may move before its gradient is cut; None never
+            cuts it.
+        dual_clip: How large the ratio of a token of negative advantage may count, above 1; None means without bound.
+        transform: Bounds the advantages; none leaves them as they are.
+        baseline: What is subtracted from them to lower the variance; none subtracts nothing.
+        discount: How much of the divergence that the row meets later, per token, a token answers for. 0 takes the
+            visited states as given; 1 is the gradient of the sum over whole answers, whose variance grows fast with
+            their length.
     """
 
-    def __init__(self, clip: float = 0.2) -> None:
+    positionwise: bool = True
+
+    def __init__(
+        self,
+        clip: float | None = 0.2,
+        dual_clip: float | None = None,
+        transform: AdvantageTransform | None = None,
+        baseline: AdvantageBaseline | None = None,
+        discount: float = 0.0,
+    ) -> None:
         super().__init__()
+        if clip is not None and not clip > 0:
+            raise ValueError(f"Expected a clip above 0, but got {clip}. Use null for none.")
+        if dual_clip is not None and not dual_clip > 1:
+            raise ValueError(
+                f"Expected a dual_clip above 1, but got {dual_clip}. It bounds ratios that have grown; use null for "
+                "none."
+            )
+        if not 0 <= discount <= 1:
+            raise ValueError(f"Expected a discount from 0 to 1, but got {discount}. 0 counts the token alone.")
+        if discount > 0 and baseline is not None:
+            raise ValueError(
+                f"Expected either a discount or a baseline, but got a discount of {discount} and a "
+                f"{type(baseline).__name__}. Sums over what follows need whole rows, while a baseline needs the "
+                "vocabulary, which is only there for some positions at a time. Set the discount to 0, or leave the "
+                "baseline out."
+            )
         self.clip = clip
+        self.dual_clip = dual_clip
+        self.transform = transform
+        self.baseline = baseline
+        self.discount = discount
+        self.support = "sampled" if baseline is None else "full"
+        self.positionwise = discount == 0
 
     @abstractmethod
-    def advantage(self, evidence: Evidence) -> Tensor:
-        """Return the advantage of each written token, (n,); its gradient is not used."""
+    def advantage(self, student: Tensor, teacher: Tensor, reference: Tensor | None) -> Tensor:
+        """Return the advantage of tokens from their log-probs, entry by entry.
+
+        Args:
+            student: Log-probs under the student, (n,) of the written tokens or (n, K) of several at each position.
+            teacher: Those under the teacher, of the same shape.
+            reference: Those under the initial student; None unless ``needs_reference``.
+
+        Returns:
+            Advantages of the same shape; their gradient is not used.
+        """
+
+    def estimate(self, student: Tensor, teacher: Tensor, reference: Tensor | None) -> Tensor:
+        """Return what has the divergence as its mean over the student's tokens, entry by entry; minus the advantage.
+
+        It is what is reported, and what a discount adds up. The arguments are those of `advantage`.
+        """
+        return -self.advantage(student, teacher, reference)
 
     def forward(self, evidence: Evidence) -> TokenLoss:
-        """Return the clipped surrogate; the value is minus the advantage."""
-        advantage = self.advantage(evidence).detach()
+        """Return the clipped surrogate; the value is the estimate of the divergence."""
+        with torch.no_grad():
+            written = self._read(evidence, Scores.sampled)
+            value = self.estimate(*written)
+            gain = self._transformed(*written)
+            if self.baseline is not None:
+                gain = gain - self.baseline(self._transformed, *self._read(evidence, Scores.logprobs))
+            if self.discount > 0:
+                rewards = self._bounded(-value).where(evidence.written_by(Author.STUDENT), 0)
+                gain = gain + discounted_future(rewards, evidence.row, self.discount)
         log_ratio = evidence.student.sampled - evidence.behaviour_logprobs
-        loss = clipped_surrogate(log_ratio, advantage, self.clip)
-        return TokenLoss(loss, -advantage, evidence.written_by(Author.STUDENT))
+        loss = clipped_surrogate(log_ratio, gain, self.clip, self.dual_clip)
+        return TokenLoss(loss, value, evidence.written_by(Author.STUDENT))
+
+    def _read(self, evidence: Evidence, field: property) -> LogProbs:
+        student, teacher = (
+            field.__get__(scores).clamp(min=LEAST_LOGPROB) for scores in (evidence.student, evidence.teacher)
+        )
+        reference = field.__get__(evidence.reference).clamp(min=LEAST_LOGPROB) if self.needs_reference else None
+        return LogProbs(student, teacher, reference)

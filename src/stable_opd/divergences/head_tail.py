@@ -58,25 +58,19 @@ class HeadTailKL(Divergence):
 
     def forward(self, evidence: Evidence) -> TokenLoss:
         """Return the loss of each position; its number and the value differ by what is 0 in expectation."""
-        _, head, gap = _on_head(evidence.student, evidence.teacher, self.k)
-        loss, value = head_tail_kl(head, gap, *self._tail(evidence))
+        tokens, head, gap = _on_head(evidence.student, evidence.teacher, self.k)
+        loss, value = head_tail_kl(head, gap, *_on_tail(evidence, tokens))
         return TokenLoss(loss, value.detach(), evidence.written_by(Author.STUDENT))
 
     def closed_form(self, evidence: Evidence, out: Tensor) -> TokenLoss:
         """Return the loss and write its gradient, c_v - p_v sum_w c_w with c = p L on S and rho L at the token."""
         tokens, head, gap = _on_head(evidence.student, evidence.teacher, self.k)
-        ratio, tail_gap = self._tail(evidence)
+        ratio, tail_gap = _on_tail(evidence, tokens)
         loss, value = head_tail_kl(head, gap, ratio, tail_gap)
         # The value is the sum of all c.
         torch.mul(evidence.student.probs, -value[:, None], out=out).scatter_add_(-1, tokens, head * gap)
         out.scatter_add_(-1, evidence.tokens[:, None], (ratio * tail_gap)[:, None])
         return TokenLoss(loss, value, evidence.written_by(Author.STUDENT))
-
-    def _tail(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
-        student = evidence.student
-        inside = (student.top(self.k)[0] == evidence.tokens[:, None]).any(-1)
-        ratio = (student.sampled - evidence.behaviour_logprobs).masked_fill(inside, -torch.inf).exp()
-        return ratio, student.sampled - evidence.teacher.sampled
 
 
 def _on_head(student: Scores, teacher: Scores, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,3 +78,11 @@ def _on_head(student: Scores, teacher: Scores, k: int) -> tuple[Tensor, Tensor, 
     tokens, logprobs = student.top(k)
     head = logprobs.exp()
     return tokens, head, (logprobs - teacher.logprobs.gather(-1, tokens)).masked_fill(head == 0, 0)
+
+
+def _on_tail(evidence: Evidence, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rho, which is 0 for written tokens that are among those chosen, (n, K), and log p - log q, (n,) each."""
+    student = evidence.student.sampled
+    inside = (chosen == evidence.tokens[:, None]).any(-1)
+    ratio = (student - evidence.behaviour_logprobs).masked_fill(inside, -torch.inf).exp()
+    return ratio, student - evidence.teacher.sampled
