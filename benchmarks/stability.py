@@ -1,28 +1,20 @@
 """The ablation of the Stable-OPD paper on the embedded testbed: who collapses, when, and who does not.
 
-    python benchmarks/stability.py
+    python -m benchmarks.stability
 
 runs every variant with every seed (a finished run is not repeated), and writes tables and plots to benchmarks/results/.
 """
 
 import argparse
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-OPD, STABLE = "configs/collapse.yaml", "configs/quickstart.yaml"
+from benchmarks.runs import OPD, RESULTS, STABLE, Run, execute_all, onset, versions
 
 
 @dataclass(frozen=True)
@@ -49,41 +41,18 @@ VARIANTS = {
 }
 
 
-def command(name: str, seed: int, out: Path) -> list[str]:
-    """Return the command of one run; it can be pasted."""
-    logger = ["--trainer.logger.save_dir", str(out), "--trainer.logger.name", name]
-    run = ["--seed_everything", str(seed), *logger, "--trainer.logger.version", f"seed-{seed}"]
-    return ["stable-opd", "fit", *VARIANTS[name].flags, *run]
-
-
-def run(name: str, seed: int, out: Path) -> None:
-    """Run one variant with one seed, unless it is there already."""
-    folder = out / name / f"seed-{seed}"
-    if (folder / "done").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, "-m", "stable_opd", *command(name, seed, out)[1:]]
-    # Tiny models gain nothing from a second thread; runs side by side do.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (folder / "log.txt").open("w") as log:
-        done = subprocess.run(argv, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(argv)} failed; see {folder / 'log.txt'}")
-    (folder / "done").touch()
+def run_of(name: str, seed: int) -> Run:
+    """Return one variant with one seed."""
+    return Run(name, VARIANTS[name].flags, seed)
 
 
 def curves(name: str, seed: int, out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the training and the validation rows of one run."""
-    table = pd.read_csv(out / name / f"seed-{seed}" / "metrics.csv")
-    return table[table["train/loss"].notna()], table[table["val/accuracy"].notna()]
+    return run_of(name, seed).curves(out)
 
 
 def figures(name: str, seed: int, out: Path) -> dict[str, float]:
-    """Return what the table says of one run.
-
-    ``quiet_steps``: steps before truncation first reaches 0.1 or repetition 0.02. ``onset_steps``: from then until
-    truncation first exceeds 0.9 and repetition has exceeded 0.3; nan if they never do.
-    """
+    """Return what the table says of one run; for the steps see `onset`."""
     train, val = curves(name, seed, out)
     accuracy = val["val/accuracy"].to_numpy()
     row = {
@@ -95,19 +64,8 @@ def figures(name: str, seed: int, out: Path) -> dict[str, float]:
     }
     if "train/truncation_rate" not in train:
         return row
-    truncation, repetition = train["train/truncation_rate"].to_numpy(), train["train/repetition_rate"].to_numpy()
-    loud = (truncation >= 0.1) | (repetition >= 0.02)
-    collapsed = (truncation > 0.9) & (np.maximum.accumulate(repetition) > 0.3)
-    start = int(loud.argmax()) if loud.any() else len(loud)
-    row |= {
-        "max_truncation": truncation.max(),
-        "max_repetition": repetition.max(),
-        "quiet_steps": start,
-        "onset_steps": collapsed.argmax() - start if collapsed.any() else np.nan,
-        "final_truncation": truncation[-10:].mean(),
-        "final_repetition": repetition[-10:].mean(),
-    }
-    after = train[truncation > 0.9]
+    row |= onset(train)
+    after = train[train["train/truncation_rate"] > 0.9]
     if len(after):
         row |= {
             "repeated_share": after["train/repeated_share"].mean(),
@@ -139,20 +97,15 @@ def table(rows: pd.DataFrame, seeds: Sequence[int]) -> str:
         "Quiet steps: until truncation first reaches 0.1 or repetition 0.02. Onset steps: from then until truncation "
         "exceeds 0.9 and repetition has exceeded 0.3. Maxima are over all training steps.",
         "",
-        f"Made by `python benchmarks/stability.py` with {versions()}. The runs:",
+        f"Made by `python -m benchmarks.stability` with {versions()}. The runs:",
         "",
         *(
-            f"- {variant.title}: `{' '.join(command(name, 0, Path('runs/stability')))}`"
+            f"- {variant.title}: `{' '.join(run_of(name, 0).command(Path('runs/stability')))}`"
             for name, variant in VARIANTS.items()
         ),
         "",
     ]
     return "\n".join([*head, *lines]) + "\n"
-
-
-def versions() -> str:
-    """Return the versions that the numbers belong to."""
-    return ", ".join(f"{name} {version(name)}" for name in ("stable-opd", "torch", "lightning", "transformers"))
 
 
 def band(axis: plt.Axes, tables: Sequence[pd.DataFrame], column: str, label: str, color: str) -> None:
@@ -211,9 +164,9 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out.resolve()
     work = [(name, seed) for seed in options.seeds for name in VARIANTS]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for _ in tqdm(pool.map(lambda each: run(*each, out), work), total=len(work), desc="runs"):
-            pass
+    failed = execute_all([run_of(*each) for each in work], out, options.jobs)
+    if failed:
+        raise SystemExit("\n".join(failed.values()))
     rows = pd.DataFrame([{"variant": name, "seed": seed, **figures(name, seed, out)} for name, seed in work])
     RESULTS.mkdir(exist_ok=True)
     rows.to_csv(RESULTS / "stability.csv", index=False, float_format="%.4f")

@@ -97,6 +97,7 @@ def make_evidence(
     behaviour: Tensor | None = None,
     progress: float = 0.0,
     in_loop: Tensor | None = None,
+    stop: tuple[int, ...] = (0, 3),
 ) -> Evidence:
     """Evidence on positions of one row, from the models' log-probs over the vocabulary, each (n, V)."""
     n = len(tokens)
@@ -114,6 +115,7 @@ def make_evidence(
         author=author if isinstance(author, Tensor) else torch.full((n,), int(author)),
         behaviour_logprobs=torch.zeros(n) if behaviour is None else behaviour,
         progress=progress,
+        stop=stop,
         student=scores(student),
         teacher=scores(teacher),
         reference=scores(reference),

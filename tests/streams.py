@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from helpers import make_evidence
-from stable_opd import Author, components
+from stable_opd import Author, build, components
 from stable_opd.models import Head
 from stable_opd.scoring import HiddenStates
 from stable_opd.streaming import Part, StreamedLoss, streamed_loss
@@ -13,6 +13,22 @@ from stable_opd.types import Scores
 
 N, WIDTH, VOCABULARY = 23, 12, 41
 TERMS = [(kind, name) for kind in ("divergence", "constraint", "mixture") for name in components(kind)]
+
+#: What a term needs to be built, or to have something to say about the logits of these tests.
+SETTINGS = {
+    "CombinedMixture": lambda: {"parts": [build("mixture", "GoldenMixture", loss=build("divergence", "ForwardKL"))]},
+    "EntropyFloor": lambda: {"floor": 10.0, "weight": 1.0},
+}
+
+
+def make(kind, name, **settings):
+    """A term of these tests."""
+    return build(kind, name, **(SETTINGS.get(name, dict)() | settings))
+
+
+def author_of(term):
+    """Whose tokens a term speaks about."""
+    return next(iter(getattr(term, "authors", ())), Author.STUDENT)
 
 
 def draw_states(seed, width=WIDTH, bias=False, softcap=None, scale=1.0, count=N):

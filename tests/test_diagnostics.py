@@ -1,18 +1,33 @@
-"""How student and teacher compare, against torch.distributions and sets."""
+"""How student and teacher compare, against torch.distributions, sets and plain loops."""
+
+import math
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.distributions import Categorical
+from torch.distributions import Categorical, kl_divergence
 
+from helpers import make_evidence
 from stable_opd import Author, build, diagnostics
-from stable_opd.diagnostics import entropy, overlap
+from stable_opd.diagnostics import Diagnostics, divergence, overlap, stop_mass
 from streams import VOCABULARY, N, draw_evidence, draw_states, stream
+
+STOP = (3, 17, 40)
 
 
 def diagnose(evidence, shares):
     student, teacher = draw_states(0), draw_states(1)
     found = stream({"kl": build("divergence", "ReverseKL")}, evidence, shares, student, teacher).diagnostics
     return found, [Categorical(logits=model.states @ model.head.weight.T) for model in (student, teacher)]
+
+
+def shared_tokens(p, q, k=16):
+    """Share and advantage of the overlap at one position, by sets and sums of probabilities."""
+    ours, theirs = (sorted(range(len(each)), key=lambda v: -each[v])[:k] for each in (p, q))
+    both = set(ours) & set(theirs)
+    mass, other = sum(p[v] for v in both), sum(q[v] for v in both)
+    advantage = sum(p[v] / mass * (math.log(q[v] / other) - math.log(p[v] / mass)) for v in both)
+    return len(both) / k, advantage
 
 
 # 23 positions of 41 entries each: as many as the limit on entries allows, and never fewer than the least number.
@@ -24,16 +39,60 @@ def test_means_over_the_vocabulary_are_taken_at_evenly_spaced_positions(entries,
     monkeypatch.setattr(diagnostics, "ENTRIES", entries)
     monkeypatch.setattr(diagnostics, "POSITIONS", positions)
     evidence, shares = draw_evidence()
+    evidence.author[4:9] = int(Author.GOLDEN)
     found, (ours, theirs) = diagnose(evidence, shares)
     torch.testing.assert_close(found["student"], ours.log_prob(evidence.tokens))
     torch.testing.assert_close(found["teacher"], theirs.log_prob(evidence.tokens))
-    seen = torch.arange(0, N, stride)
+    first = int(found["position"][0])
+    assert 0 <= first < stride
+    seen = torch.arange(first, N, stride)
+    assert found["position"].tolist() == seen.tolist()
+    assert found["stands_for"].tolist() == [0 if 4 <= place < 9 else stride for place in seen.tolist()]
     torch.testing.assert_close(found["entropy_student"], ours.entropy()[seen])
     torch.testing.assert_close(found["entropy_teacher"], theirs.entropy()[seen])
-    likeliest = [[set(row.topk(16).indices.tolist()) for row in each.logits[seen]] for each in (ours, theirs)]
-    shared = [len(a & b) / 16 for a, b in zip(*likeliest, strict=True)]
-    torch.testing.assert_close(found["overlap"], torch.tensor(shared))
-    assert 0 < min(shared) <= max(shared) < 1
+    torch.testing.assert_close(found["kl"], kl_divergence(ours, theirs)[seen])
+    pairs = zip(ours.probs[seen].double().tolist(), theirs.probs[seen].double().tolist(), strict=True)
+    share, advantage = torch.tensor([shared_tokens(p, q) for p, q in pairs]).T
+    torch.testing.assert_close(found["overlap"], share)
+    torch.testing.assert_close(found["overlap_advantage"], advantage)
+    assert 0 < share.min() <= share.max() < 1
+    assert advantage.max() < -0.1
+
+
+def test_stop_is_looked_at_at_every_position(tile, monkeypatch):
+    monkeypatch.setattr(diagnostics, "ENTRIES", 1)
+    monkeypatch.setattr(diagnostics, "POSITIONS", 2)
+    evidence, shares = draw_evidence()
+    evidence.tokens[[2, 5, 21]] = torch.tensor([17, 40, 3])
+    evidence.author[5] = int(Author.TEACHER)
+    found, (ours, theirs) = diagnose(replace(evidence, stop=STOP), shares)
+    torch.testing.assert_close(found["stop_student"], ours.probs[:, list(STOP)].sum(1))
+    torch.testing.assert_close(found["stop_teacher"], theirs.probs[:, list(STOP)].sum(1))
+    assert found["stopped"].tolist() == [n != 5 and token in STOP for n, token in enumerate(evidence.tokens.tolist())]
+    assert len(found["kl"]) <= 3
+
+
+def test_stop_tokens_beyond_the_shared_vocabulary_have_no_mass():
+    logprobs = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+    torch.testing.assert_close(stop_mass(logprobs, (1, 7)), torch.tensor([0.75, 0.5]))
+    assert stop_mass(logprobs, (7,)).tolist() == stop_mass(logprobs, ()).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("count", [9, 23, 150, 999])
+def test_over_many_steps_every_position_weighs_as_much_as_any_other(count, monkeypatch):
+    """Also the first of a row, and those at the end; otherwise a mean would depend on where a batch is cut."""
+    monkeypatch.setattr(diagnostics, "ENTRIES", 1)
+    monkeypatch.setattr(diagnostics, "POSITIONS", 10)
+    logprobs = torch.zeros(count, 2).log_softmax(-1)
+    evidence = make_evidence(torch.zeros(count, dtype=torch.long), logprobs, logprobs)
+    steps, sums = 1500, torch.zeros(count)
+    for step in range(steps):
+        found = Diagnostics()
+        found.add(replace(evidence, progress=step / steps), 0, count)
+        sums[found["position"]] += found["stands_for"]
+    stride = max(1, count // 10)
+    deviation = math.sqrt((stride - 1) / steps)  # of a mean of draws that are `stride` with chance 1 / stride, else 0
+    assert ((sums / steps - 1).abs() <= 4.5 * deviation).all()
 
 
 def test_a_model_of_common_size_is_looked_at_in_part():
@@ -44,13 +103,48 @@ def test_a_model_of_common_size_is_looked_at_in_part():
 def test_without_a_teacher_there_are_no_diagnostics():
     evidence, shares = draw_evidence(Author.GOLDEN)
     found = stream({"m": build("mixture", "GoldenMixture")}, evidence, shares, draw_states(0)).diagnostics
-    assert not any(name in found for name in ("student", "teacher", "entropy_student", "entropy_teacher", "overlap"))
+    assert not any(name in found for name in ("student", "teacher", "kl", "entropy_teacher", "overlap", "stopped"))
 
 
-def test_entropy_of_a_distribution_with_impossible_tokens():
-    logprobs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
-    torch.testing.assert_close(entropy(logprobs), torch.tensor([2.0, 1.0]).log())
+def test_entropies_and_divergence_of_distributions_with_impossible_tokens():
+    student = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]).log()
+    teacher = torch.tensor([[0.25, 0.75, 0.0], [0.25, 0.25, 0.5], [0.0, 1.0, 0.0]]).log()
+    ours, theirs, kl = divergence(student, teacher)
+    torch.testing.assert_close(ours, torch.tensor([2.0, 1.0, 2.0]).log())
+    expected = [0.25 * math.log(4) + 0.75 * math.log(4 / 3), 1.5 * math.log(2), 0.0]
+    torch.testing.assert_close(theirs, torch.tensor(expected))
+    torch.testing.assert_close(kl[:2], torch.tensor([0.5 * math.log(4 / 3), math.log(4)]))
+    assert 1e30 < kl[2] < math.inf
 
 
 def test_overlap_of_a_small_vocabulary_is_complete():
-    assert overlap(torch.randn(4, 5), torch.randn(4, 5)).tolist() == [1.0] * 4
+    student, teacher = torch.randn(4, 5).log_softmax(-1), torch.randn(4, 5).log_softmax(-1)
+    share, advantage = overlap(student, teacher)
+    assert share.tolist() == [1.0] * 4
+    torch.testing.assert_close(
+        advantage, -kl_divergence(Categorical(logits=student), Categorical(logits=teacher)), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_where_no_likely_token_is_shared_the_advantage_has_no_weight():
+    """The first position has none; at the second there is one, whose advantage is 0 whatever its probabilities."""
+    order = torch.arange(40.0)
+    student = torch.stack([order, order]).log_softmax(-1)
+    teacher = torch.stack([order.flip(0), order.flip(0).index_fill(0, torch.tensor([39]), 60.0)]).log_softmax(-1)
+    share, advantage = overlap(student, teacher)
+    assert share.tolist() == [0, 1 / 16]
+    assert advantage.tolist() == [0, 0]
+    found = Diagnostics()
+    found.add(make_evidence(torch.tensor([0, 0]), student, teacher), 0, 2)
+    assert found["overlapping"].tolist() == [0, 1]
+    assert found["stands_for"].tolist() == [1, 1]
+
+
+def test_overlap_of_two_shared_tokens_by_hand(monkeypatch):
+    """Tokens 0 and 1 are shared: p' = (2/3, 1/3), q' = (1/4, 3/4)."""
+    monkeypatch.setattr(diagnostics, "OVERLAP_K", 3)
+    student = torch.tensor([[0.4, 0.2, 0.3, 0.05, 0.05]]).log()
+    teacher = torch.tensor([[0.2, 0.6, 0.01, 0.15, 0.04]]).log()
+    share, advantage = overlap(student, teacher)
+    assert share.item() == pytest.approx(2 / 3)
+    assert advantage.item() == pytest.approx(2 / 3 * math.log(3 / 8) + 1 / 3 * math.log(9 / 4), rel=1e-5)

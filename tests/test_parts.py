@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stable_opd import Author, Constraint, Divergence, TokenLoss, build, components
+from stable_opd import Author, Constraint, Divergence, TokenLoss, build
 from stable_opd.models import Head
 from stable_opd.scoring import HiddenStates
 from stable_opd.streaming import Part, streamed_loss
-from streams import TERMS, N, compare, draw_evidence, draw_states, leaves_of, stream
+from streams import TERMS, N, author_of, compare, draw_evidence, draw_states, leaves_of, make, stream
 
-POSITIONWISE = [(kind, name) for kind, name in TERMS if components(kind)[name].positionwise]
+SAMPLED = [(kind, name) for kind, name in TERMS if make(kind, name).support == "sampled"]
+POSITIONWISE = [(kind, name) for kind, name in SAMPLED if make(kind, name).positionwise]
 
 
 def sizes_of_calls(monkeypatch, term):
@@ -40,9 +41,8 @@ def test_sampled_terms_that_are_shipped_look_at_positions_by_themselves():
 
 @pytest.mark.parametrize(("kind", "name"), POSITIONWISE, ids=[name for _, name in POSITIONWISE])
 def test_positionwise_term_equals_itself_on_whole_rows(kind, name, tile, monkeypatch):
-    author = Author.GOLDEN if kind == "mixture" else Author.STUDENT
-    evidence, shares = draw_evidence(author)
-    in_tiles, whole = build(kind, name), build(kind, name)
+    in_tiles, whole = make(kind, name), make(kind, name)
+    evidence, shares = draw_evidence(author_of(whole))
     whole.positionwise = False
     sizes, whole_sizes = sizes_of_calls(monkeypatch, in_tiles), sizes_of_calls(monkeypatch, whole)
     for found, expected in zip(outcome(in_tiles, evidence, shares), outcome(whole, evidence, shares), strict=True):
@@ -96,7 +96,7 @@ def two_parts():
 
     own, own_shares = draw_evidence()
     golden, golden_shares = draw_evidence(Author.GOLDEN, seed=6, count=14)
-    own_terms = {name: build(kind, name) for kind, name in TERMS if kind != "mixture"} | {"rising": Rising()}
+    own_terms = {name: make(kind, name) for kind, name in TERMS if kind != "mixture"} | {"rising": Rising()}
     first = Part(
         own_terms, own, dict.fromkeys(own_terms, own_shares), draw_states(1, width=9), draw_states(2), diagnose=True
     )

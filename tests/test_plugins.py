@@ -5,6 +5,8 @@ A class stays registered as long as its process lives, so none of this may happe
 
 import csv
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,7 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stable_opd.registry import components, kinds
+from stable_opd.testing import CHECKS
+
 PACKAGE = Path(__file__).parent / "plugin_package"
+PAGE = (PACKAGE.parent.parent / "docs" / "components.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -42,9 +48,9 @@ def site(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("site")
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())
-    about, modules = project["project"], project["tool"]["setuptools"]["py-modules"]
-    for module in modules:
-        (folder / f"{module}.py").write_text((PACKAGE / f"{module}.py").read_text())
+    about = project["project"]
+    for package in project["tool"]["setuptools"]["packages"]:
+        shutil.copytree(PACKAGE / package, folder / package)
     info = folder / f"{about['name'].replace('-', '_')}-{about['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {about['name']}\nVersion: {about['version']}\n")
@@ -84,7 +90,8 @@ main(["fit", "-c", "recipe.yaml", "--model.divergence", "opd_outsider.OutsiderKL
 def test_installed_plugin_is_known_by_its_short_name_and_by_its_full_path(recipe, site):
     code, printed, errors = run(recipe, site, "-c", BY_ENTRY_POINT)
     assert code == 0, errors
-    assert "  OutsiderKL        Forward KL over the whole vocabulary." in printed
+    (line,) = (line for line in printed.splitlines() if line.startswith("  OutsiderKL "))
+    assert line.split(maxsplit=3)[1:] == ["full", "-", "Forward KL over the whole vocabulary, times a weight."]
     short, full = trained(recipe, 0), trained(recipe, 1)
     assert float(short["train/loss"]) == pytest.approx(0.5 * float(full["train/loss"]))
     assert short["train/value/divergence"] == full["train/value/divergence"]
@@ -115,7 +122,32 @@ main(["fit", "-c", "recipe.yaml", "--model.divergence", "OutsiderKL"])
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [BY_FILE, BY_IMPORT], ids=["full path", "import"])
 def test_module_beside_the_recipe_is_found_without_being_installed(script, recipe):
-    (recipe / "opd_outsider.py").write_text((PACKAGE / "opd_outsider.py").read_text())
+    shutil.copytree(PACKAGE / "opd_outsider", recipe / "opd_outsider")
     code, _, errors = run(recipe, "", "-c", script)
     assert code == 0, errors
     assert float(trained(recipe, 0)["train/value/divergence"]) > 0.1
+
+
+@pytest.mark.slow
+def test_packages_own_tests_pass(site, tmp_path):
+    """Elsewhere, so that nothing of this repository's configuration is found."""
+    shutil.copytree(PACKAGE / "tests", tmp_path / "tests")
+    code, printed, errors = run(tmp_path, site, "-m", "pytest", "-q", "tests")
+    assert code == 0, printed + errors
+    assert "1 passed" in printed
+
+
+def test_documentation_quotes_the_whole_package():
+    quoted = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE))
+    files = [path for pattern in ("**/*.py", "*.toml") for path in PACKAGE.glob(pattern) if path.name != "conftest.py"]
+    assert quoted == {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in files}
+
+
+def test_components_and_checks_that_the_documentation_names_exist():
+    known = {name for kind in kinds() for name in components(kind)} | {"OutsiderKL"}
+    named = set(re.findall(r"`([A-Z]\w*[a-z]\w*)`", PAGE))
+    assert len(named) > 10
+    assert named <= known
+    assert {name for names in re.findall(r"skip=\[(.*?)\]", PAGE) for name in re.findall(r'"(.*?)"', names)} <= {
+        name for names in CHECKS.values() for name in names
+    }

@@ -1,6 +1,9 @@
 import pytest
 
-from stable_opd.preflight import check_context, check_golden, check_term_names
+from stable_opd.mixtures import GoldenMixture, StudentOnly
+from stable_opd.policies import Policies
+from stable_opd.preflight import check_context, check_golden, check_parts, check_term_names
+from stable_opd.samplers import MinP, Temperature, TopK, TopP
 
 
 @pytest.mark.parametrize(("prompt", "golden", "budget"), [(10, 0, 90), (10, 90, 1), (99, 1, 1)])
@@ -30,20 +33,41 @@ def test_model_that_does_not_say_its_context_is_not_checked():
 @pytest.mark.parametrize("names", [["divergence"], ["anchor", "mixture"], ["mixture", "divergence"]])
 def test_constraint_under_the_name_of_another_term_is_refused(names):
     with pytest.raises(ValueError, match=r"no other term has, but got '(divergence|mixture)'.*choose another key"):
-        check_term_names(names)
+        check_term_names("model.constraints", names, {"divergence", "mixture"})
 
 
 def test_other_constraint_names_are_accepted():
-    check_term_names(["anchor", "entropy"])
+    check_term_names("model.constraints", ["anchor", "entropy"], {"mixture"})
 
 
 @pytest.mark.parametrize("name", ["kl.anchor", "keys", "type", "two words", ""])
 def test_constraint_that_could_not_be_held_or_logged_is_refused(name):
     with pytest.raises(ValueError, match=r"plain words as keys of model\.constraints.*'anchor'"):
-        check_term_names(["entropy", name])
+        check_term_names("model.constraints", ["entropy", name], {"divergence", "mixture"})
 
 
 def test_missing_golden_solutions_are_counted():
     check_golden("GoldenMixture", 10, 10)
     with pytest.raises(ValueError, match=r"but 3 of 10 training examples have none.*data\.columns\.golden"):
         check_golden("GoldenMixture", 7, 10)
+
+
+def test_golden_rows_that_nobody_learns_from_are_refused():
+    with pytest.raises(ValueError, match=r"loops is golden, but got StudentOnly.*Use GoldenMixture, or choose .* mask"):
+        check_parts(StudentOnly(), Policies(loops="golden"), Temperature())
+    check_parts(GoldenMixture(), Policies(loops="golden"), Temperature())
+    check_parts(StudentOnly(), Policies(loops="mask"), Temperature())
+
+
+@pytest.mark.parametrize(
+    "sampler", [Temperature(0.7), TopP(0.9), TopK(5), MinP(0.1)], ids=lambda each: type(each).__name__
+)
+def test_a_sampler_that_is_not_the_student_is_warned_of(sampler):
+    with pytest.warns(UserWarning, match=rf"{type(sampler).__name__} does not draw from the student's own"):
+        check_parts(StudentOnly(), Policies(), sampler)
+
+
+@pytest.mark.parametrize("sampler", [Temperature(), TopP(1.0), MinP(0.0)], ids=lambda each: type(each).__name__)
+def test_a_sampler_that_is_the_student_is_not(sampler, recwarn):
+    check_parts(StudentOnly(), Policies(), sampler)
+    assert not recwarn.list

@@ -6,7 +6,7 @@ import torch
 from stable_opd import Author, Divergence, Mixture, TokenLoss, build, components, streaming
 from stable_opd.models import Head
 from stable_opd.scoring import HiddenStates
-from streams import TERMS, VOCABULARY, N, compare, draw_evidence, draw_states, leaves_of, stream
+from streams import TERMS, VOCABULARY, N, author_of, compare, draw_evidence, draw_states, leaves_of, make, stream
 
 
 @pytest.mark.parametrize(("kind", "name"), TERMS, ids=[name for _, name in TERMS])
@@ -14,13 +14,13 @@ from streams import TERMS, VOCABULARY, N, compare, draw_evidence, draw_states, l
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["no softcap", "softcap"])
 def test_every_term_equals_plain_autograd(kind, name, train_head, bias, softcap, tile):
-    author = Author.GOLDEN if kind == "mixture" else Author.STUDENT
-    evidence, shares = draw_evidence(author)
-    compare({"term": build(kind, name)}, evidence, shares, draw_states(0, bias=bias, softcap=softcap), train_head)
+    term = make(kind, name)
+    evidence, shares = draw_evidence(author_of(term))
+    compare({"term": term}, evidence, shares, draw_states(0, bias=bias, softcap=softcap), train_head)
 
 
 def test_terms_together_equal_plain_autograd(tile):
-    terms = {name: build(kind, name) for kind, name in TERMS}
+    terms = {name: make(kind, name) for kind, name in TERMS}
     author = torch.tensor([int(Author.STUDENT), int(Author.GOLDEN)]).repeat(N)[:N]
     evidence, shares = draw_evidence(author)
     leaves = compare(terms, evidence, shares, draw_states(0, bias=True))
@@ -139,7 +139,7 @@ def test_missing_teacher_is_an_error_and_not_a_zero():
 def test_huge_logits_give_finite_gradients(scale, tile):
     evidence, shares = draw_evidence()
     student, leaves = leaves_of(draw_states(0, scale=scale), train_head=True)
-    terms = {name: build(kind, name) for kind, name in TERMS}
+    terms = {name: make(kind, name) for kind, name in TERMS}
     stream(terms, evidence, shares, student, draw_states(1), draw_states(2)).loss.backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
 

@@ -1,9 +1,16 @@
-"""On-policy distillation of language models that does not collapse."""
+"""On-policy distillation of language models that does not collapse.
 
-from stable_opd.constraints import Constraint, ReferenceKL
+Here are the nouns, the contracts and the recipe of the paper; every other component is in the package of its kind
+(`stable_opd.divergences`, `stable_opd.constraints`, ...) and is found by its short name in YAML.
+"""
+
+from stable_opd.constraints import Constraint, ReferenceKL, WeightedConstraint
+from stable_opd.controllers import Controller
 from stable_opd.data import PromptDataModule
 from stable_opd.divergences import (
+    AdvantageBaseline,
     AdvantageDivergence,
+    AdvantageTransform,
     Divergence,
     ForwardKL,
     JensenShannon,
@@ -12,8 +19,11 @@ from stable_opd.divergences import (
     TeacherTopK,
 )
 from stable_opd.engines import InProcessEngine, LoopStop, RolloutEngine, TransformersEngine
-from stable_opd.mixtures import GoldenMixture, Mixture, StudentOnly
+from stable_opd.look import Look
+from stable_opd.mixtures import GoldenMixture, Mixture, StudentOnly, WeightedMixture
 from stable_opd.module import OPDModule
+from stable_opd.policies import Policies
+from stable_opd.references import Reference
 from stable_opd.registry import Component, build, components
 from stable_opd.repetition import PeriodicSuffix, RepetitionDetector, ZlibRepetition
 from stable_opd.samplers import Sampler, Temperature, TopP
@@ -21,12 +31,16 @@ from stable_opd.schedules import Cosine, Linear, Schedule
 from stable_opd.tasks import ExactMatch, ModularChains, Task
 from stable_opd.teachers import LocalTeacher, Teacher
 from stable_opd.types import Author, Evidence, Finish, Plan, Prompts, Repetition, Rollout, Scores, TokenLoss
+from stable_opd.weightings import Weighting
 
 __all__ = [
+    "AdvantageBaseline",
     "AdvantageDivergence",
+    "AdvantageTransform",
     "Author",
     "Component",
     "Constraint",
+    "Controller",
     "Cosine",
     "Divergence",
     "Evidence",
@@ -38,14 +52,17 @@ __all__ = [
     "JensenShannon",
     "Linear",
     "LocalTeacher",
+    "Look",
     "LoopStop",
     "Mixture",
     "ModularChains",
     "OPDModule",
     "PeriodicSuffix",
     "Plan",
+    "Policies",
     "PromptDataModule",
     "Prompts",
+    "Reference",
     "ReferenceKL",
     "Repetition",
     "RepetitionDetector",
@@ -64,6 +81,9 @@ __all__ = [
     "TokenLoss",
     "TopP",
     "TransformersEngine",
+    "WeightedConstraint",
+    "WeightedMixture",
+    "Weighting",
     "ZlibRepetition",
     "build",
     "components",

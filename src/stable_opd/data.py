@@ -197,7 +197,7 @@ class PromptDataModule(LightningDataModule):
 
     def _load(self, name: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         """Read one source and say how many examples were dropped, and why."""
-        table = _read(source)
+        table = read_source(source)
         if self.columns.prompt not in table.column_names:
             raise ValueError(
                 f"Expected {source.path} to have a column {self.columns.prompt!r} with the prompts, but it has "
@@ -292,7 +292,7 @@ def _collate(examples: list[tuple[int, Example]], task: Task | None) -> Prompts:
     )
 
 
-def _read(source: Source) -> "Dataset":
+def read_source(source: Source) -> "Dataset":
     """Read a source as a table.
 
     Raises:

@@ -1,8 +1,11 @@
 """How student and teacher compare, measured while their scores are at hand."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from stable_opd.randomness import key
 from stable_opd.types import Author, Evidence
 
 #: How many of the likeliest tokens of student and teacher are compared (Li et al. 2026, arXiv 2604.13016).
@@ -15,25 +18,89 @@ ENTRIES = 2**19
 #: Positions that are looked at in any case.
 POSITIONS = 64
 
+#: Entries of the vocabulary that are worked on together on a CPU. Larger temporary tensors come from fresh memory, and
+#: its page faults took several times as long as the arithmetic.
+AT_ONCE = 2**18
 
-def overlap(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return which share of the teacher's likeliest tokens is among the student's likeliest, (n, V) twice -> (n,)."""
+
+def overlap(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare the likeliest tokens of student and teacher, `OVERLAP_K` of each.
+
+        share = |S & T| / k,  advantage = sum over v in S & T of p'_v (log q'_v - log p'_v)
+
+    with p' and q' the two distributions among the tokens of S & T. The advantage is never above zero and comes to it
+    where the two agree. It is zero for a single token, too, and has no meaning for none.
+
+    Source: Li et al. 2026 (arXiv 2604.13016).
+
+    Args:
+        student: Log-probs of the student, (n, V).
+        teacher: Log-probs of the teacher, (n, V).
+
+    Returns:
+        Share and advantage, (n,) each; the advantage is 0 where the share is.
+    """
     k = min(OVERLAP_K, student.shape[-1])
-    ours, theirs = student.topk(k, -1).indices, teacher.topk(k, -1).indices
-    return (ours[:, :, None] == theirs[:, None, :]).any(-1).float().mean(-1)
+    ours, tokens = student.topk(k, -1)
+    shared = (tokens[:, :, None] == teacher.topk(k, -1).indices[:, None, :]).any(-1)
+    theirs = finite(teacher.gather(-1, tokens))
+    log_p, log_q = (each.masked_fill(~shared, -torch.inf).log_softmax(-1) for each in (finite(ours), theirs))
+    advantage = (log_p.exp() * (log_q - log_p)).masked_fill(~shared, 0).sum(-1)
+    return shared.float().mean(-1), advantage
 
 
-def entropy(logprobs: Tensor) -> Tensor:
-    """Return the entropy of distributions in nats, (..., V) -> (...)."""
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+def finite(logprobs: Tensor) -> Tensor:
+    """Return log-probs whose impossible tokens have the least of all numbers, so that 0 times it is 0 and not nan."""
+    return logprobs.clamp(min=torch.finfo(logprobs.dtype).min)
+
+
+def divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the entropies of student and teacher and KL(student || teacher), in nats, (n, V) twice -> (n,) each.
+
+    A token that only the teacher rules out makes the divergence a huge number, and not infinite.
+    """
+    size = max(1, AT_ONCE // student.shape[-1]) if student.device.type == "cpu" else max(1, len(student))
+    parts = [_divergence(*pair) for pair in zip(student.split(size), teacher.split(size), strict=True)]
+    ours, theirs, kl = (torch.cat(each) for each in zip(*parts, strict=True))
+    return ours, theirs, kl
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p, log_p, log_q = student.exp(), finite(student), finite(teacher)
+    ours = -torch.linalg.vecdot(p, log_p)
+    kl = torch.linalg.vecdot(p, log_p.sub_(log_q))
+    return ours, -torch.linalg.vecdot(torch.exp(teacher, out=p), log_q), kl
+
+
+def stop_mass(logprobs: Tensor, stop: Sequence[int]) -> Tensor:
+    """Return the probability of a stop token, (n, V) -> (n,)."""
+    # Column by column: an index of several would have to be copied to the device, for which that would have to wait.
+    columns = [logprobs[:, token].exp() for token in stop if token < logprobs.shape[-1]]
+    return torch.stack(columns).sum(0) if columns else torch.zeros_like(logprobs[:, 0])
 
 
 class Diagnostics:
     """Collects figures by name, tile by tile.
 
-    ``student`` and ``teacher`` are the log-probs of every written token, ``own`` says which of them the student wrote
-    and ``in_loop`` which of them repeat. ``entropy_student``, ``entropy_teacher`` and ``overlap`` look at the whole
-    vocabulary, at evenly spaced positions, each of which ``stands_for`` so many of the student's.
+    Of every position:
+
+    - ``student``, ``teacher``: log-probs of the written token,
+    - ``own``: whether the student wrote it,
+    - ``in_loop``: whether it repeats earlier ones,
+    - ``stop_student``, ``stop_teacher``: probability of a stop token,
+    - ``stopped``: whether the student wrote one there.
+
+    Of evenly spaced positions, where the whole vocabulary is looked at:
+
+    - ``entropy_student``, ``entropy_teacher``, and ``kl`` of student to teacher,
+    - ``overlap`` and ``overlap_advantage``,
+    - ``position``: place in the completion, from 0,
+    - ``stands_for``: how many of the student's positions each speaks for; none where somebody else wrote,
+    - ``overlapping``: the same, but none where no likely token is shared.
+
+    How far apart they are depends on the size of the micro-batch, and where the first of them is on chance, which
+    follows from the size and from the progress. So every position is looked at with the same chance as it has weight,
+    and sums over them have the same expectation however a batch is cut.
     """
 
     def __init__(self) -> None:
@@ -44,7 +111,7 @@ class Diagnostics:
         return name in self._parts
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return all that was collected under a name, float32, one entry for each position that was looked at."""
+        """Return all that was collected under a name, one entry for each position that was looked at."""
         return torch.cat(self._parts[name])
 
     def add(self, evidence: Evidence, start: int, count: int) -> None:
@@ -55,19 +122,34 @@ class Diagnostics:
             start: Where the tile starts among all positions.
             count: How many positions there are in all.
         """
-        student, teacher = evidence.student, evidence.teacher
-        own = evidence.written_by(Author.STUDENT)
+        student, teacher, stop = evidence.student, evidence.teacher, evidence.stop
+        own, stopped = evidence.written_by(Author.STUDENT), torch.zeros_like(evidence.in_loop)
+        for token in stop:
+            stopped |= evidence.tokens == token
         self.put("student", student.sampled)
         self.put("teacher", teacher.sampled)
         self.put("own", own)
         self.put("in_loop", evidence.in_loop)
+        self.put("stopped", own & stopped)
+        self.put("stop_student", stop_mass(student.logprobs, stop))
+        self.put("stop_teacher", stop_mass(teacher.logprobs, stop))
         stride = max(1, count // max(POSITIONS, ENTRIES // student.logprobs.shape[-1]))
-        seen = slice(-start % stride, None, stride)
+        first = (key("diagnostics", count, repr(evidence.progress)) - start) % stride
+        if first >= len(own):
+            return
+        seen = slice(first, None, stride)
         ours, theirs = student.logprobs[seen], teacher.logprobs[seen]
-        self.put("entropy_student", entropy(ours))
-        self.put("entropy_teacher", entropy(theirs))
-        self.put("overlap", overlap(ours, theirs))
-        self.put("stands_for", stride * own[seen].float())
+        entropy_student, entropy_teacher, kl = divergence(ours, theirs)
+        share, advantage = overlap(ours, theirs)
+        weight = stride * own[seen].float()
+        self.put("entropy_student", entropy_student)
+        self.put("entropy_teacher", entropy_teacher)
+        self.put("kl", kl)
+        self.put("overlap", share)
+        self.put("overlap_advantage", advantage)
+        self.put("position", evidence.position[seen])
+        self.put("stands_for", weight)
+        self.put("overlapping", weight * (share > 0))
 
     def put(self, name: str, values: Tensor) -> None:
         """Collect values under a name."""

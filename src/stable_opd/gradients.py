@@ -12,6 +12,10 @@ def compare_gradients(
 ) -> dict[str, Tensor]:
     """Return the norm of each term's gradient, and the cosine between each pair of them.
 
+    Every term meets the same random numbers, which are those that the step itself will meet; so dropout is no
+    difference between the terms, and the step does not depend on whether they were compared. The gradients of all terms
+    are in memory at once. What a constraint pulls on the weights themselves is not part of them.
+
     Args:
         names: The terms.
         backward: Adds the gradient of one term to that of the parameters.
@@ -22,8 +26,10 @@ def compare_gradients(
         gradient is nan.
     """
     found: dict[str, list[Tensor]] = {}
+    devices = {each.device for each in parameters if each.device.type == "cuda"}
     for name in names:
-        backward(name)
+        with torch.random.fork_rng(devices):
+            backward(name)
         found[name] = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
         for each in parameters:
             each.grad = None

@@ -31,13 +31,13 @@ from stable_opd.memory import MemoryPlan, plan_memory
 from stable_opd.mixtures import Mixture
 from stable_opd.mixtures.student import student_rows
 from stable_opd.models import context_length, frozen_copy, load_model, load_tokenizer, stop_ids
-from stable_opd.objective import Cutting, Objective, Piece, Reading, Tally, evaluate
+from stable_opd.objective import Cutting, Objective, Piece, Reading, evaluate
 from stable_opd.objective import pieces as cut
 from stable_opd.offload import move_state
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.packing import packs
 from stable_opd.policies import Policies
-from stable_opd.preflight import check_context, check_golden, check_term_names
+from stable_opd.preflight import check_context, check_golden, check_parts, check_term_names
 from stable_opd.randomness import global_seed
 from stable_opd.readers import Readers
 from stable_opd.references import InitialStudent, Reference
@@ -47,6 +47,7 @@ from stable_opd.rollouts import Writers
 from stable_opd.samplers import Sampler, Temperature
 from stable_opd.schedules import Schedule
 from stable_opd.stopwatch import Stopwatch
+from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
 from stable_opd.terms import LossTerm
 from stable_opd.types import Author, Plan, Prompts, Repetition, Rollout
@@ -105,7 +106,8 @@ class OPDModule(LightningModule):
         self.student_path = student
         self.tokenizer = load_tokenizer(student)
         self.student: PreTrainedModel | None = None
-        check_term_names(constraints or {})
+        check_term_names("model.constraints", constraints or {}, {"divergence", "mixture"})
+        check_term_names("model.weighting", weighting or {})
         self.constraints = nn.ModuleDict({name: each for name, each in (constraints or {}).items() if each is not None})
         self.divergence, self.mixture, self.repetition = divergence, mixture, repetition
         self.sampler = sampler or Temperature(1.0)
@@ -147,15 +149,18 @@ class OPDModule(LightningModule):
             self.stop = stop_ids(self.student, self.tokenizer)
         contexts = {"student": context_length(self.student)}
         if stage == "fit":
-            needed = any(term.needs_reference for term in self.objective.terms.values())
+            check_parts(self.mixture, self.policies, self.sampler)
+            needed = any(term.needs_reference or term.keeps_reference for term in self.objective.terms.values())
             if needed and self.readers.reference is None:
                 # Before a checkpoint is restored: the reference is the initial student.
                 self.readers.reference = frozen_copy(self.student)
             self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
+            if self.mixture.needs_writing_teacher or self.mixture.blends:
+                _ = self.readers.teacher.language_model  # refuses if it cannot write
             contexts["teacher"] = self.readers.teacher.context_length
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PromptDataModule):
-            golden = self.mixture.needs_golden and stage == "fit"
+            golden = stage == "fit" and (self.mixture.needs_golden or self.policies.loops == "golden")
             if golden:
                 check_golden(type(self.mixture).__name__, *data.golden_count)
             longest = data.longest_golden if golden else 0
@@ -235,9 +240,10 @@ class OPDModule(LightningModule):
         with watch("update"):
             scalars = self._step()
         scalars = tally.reduced(self._total) | comparison | scalars
-        for name, constraint in self._constraints().items():
-            constraint.adapt(scalars[f"value/{name}"])
         self.report.measure(written, found, tally, scalars, watch.seconds, self._total)
+        for name, constraint in self._constraints().items():
+            if "train/truncation_rate" in self.report.figures:  # else the student wrote nothing, anywhere
+                constraint.adapt(scalars[f"value/{name}"])
         self.report.show(self.trainer)
         for schedule in self._observers():
             schedule.observe(self.report.numbers())
@@ -245,14 +251,13 @@ class OPDModule(LightningModule):
     def _arrange(self, rollout: Rollout, repetition: Repetition) -> tuple["_Work", dict[str, Tensor]]:
         """Cut the rollout into micro-batches, let the others read them, and spread the denominators."""
         options, vocabulary = self.update_options, len(self.tokenizer)
-        dropped = self.policies.dropped(rollout)
-        kept = (~dropped & (rollout.lengths > 0)).nonzero().squeeze(1)
-        # One row at least, though it has no share: processes wait for each other in the backward pass.
-        rows = kept if len(kept) else rollout.lengths.argmax()[None]
+        kept = ~self.policies.dropped(rollout)
+        rows = (kept & (rollout.lengths > 0)).nonzero().squeeze(1)
+        if len(rows) == 0:  # one row, though it has no share: processes wait for each other in the backward pass
+            rows = rollout.lengths.argmax()[None]
         cutting = Cutting(options.micro_batch_tokens, not packs(self.model), self.progress, tuple(self.stop))
         pieces = list(cut(rollout, repetition, self.objective, cutting, rows))
         readings: Iterable[list[Reading]] = self.readers.read(pieces, vocabulary)
-        own = (rollout.token_author == Author.STUDENT) & ~dropped[rollout.row]
         weights = self.policies.weights(rollout, repetition)
         if self.weighting:
             if any(each.needs_scores for each in self.weighting.values()):
@@ -260,12 +265,13 @@ class OPDModule(LightningModule):
                 seen = glance(pieces, readings, self.model, vocabulary, len(rollout.row))
             else:
                 seen = None
+            own = (rollout.token_author == Author.STUDENT) & kept[rollout.row]
             look = Look(rollout, repetition, self.progress, own, self._gather, seen)
             for weighting in self.weighting.values():
                 weights = weighting(look) if weights is None else weights * weighting(look)
         if self.update_options.compare_gradients_every:
             readings = list(readings)
-        return _Work(pieces, readings), self.objective.shares(rollout, self._total, own, weights)
+        return _Work(pieces, readings), self.objective.shares(rollout, self._total, kept, weights)
 
     def _backward(self, work: "_Work", shares: Mapping[str, Tensor], tally: Tally, watch: Stopwatch) -> None:
         """Evaluate the terms that have shares, micro-batch by micro-batch, and add up their gradients."""
@@ -295,7 +301,7 @@ class OPDModule(LightningModule):
         """Take the optimizer step, and return the norm of the gradient before clipping and the penalties on weights."""
         scalars: dict[str, Any] = {}
         for name, constraint in self._constraints().items():
-            penalty = constraint.pull(self.model, self.readers.reference)
+            penalty = constraint.pull(self.model, self.readers.reference, self.progress)
             scalars |= {} if penalty is None else {f"value/{name}": penalty}
         scalars["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.update_options.gradient_clip)
         optimizer, scheduler = cast(LightningOptimizer, self.optimizers()), self.lr_schedulers()

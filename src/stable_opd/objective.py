@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stable_opd.diagnostics import Diagnostics
 from stable_opd.models import output_head
 from stable_opd.reduce import Aggregation, token_shares
 from stable_opd.scoring import HiddenStates, body, micro_batches
@@ -16,13 +14,16 @@ from stable_opd.streaming import Part, StreamedLoss, streamed_loss
 from stable_opd.terms import LossTerm
 from stable_opd.types import Author, Evidence, Repetition, Rollout
 
+#: Whose tokens the student may learn from besides its own.
+OTHERS = tuple(author for author in Author if author != Author.STUDENT)
+
 
 @dataclass(frozen=True)
 class Objective:
     """The terms, and how they are averaged.
 
-    The student's tokens and the others are two populations with a mean each, so the weight of the golden term does not
-    depend on how many rollouts stand beside it.
+    The tokens of each author are a population with a mean of its own, so the weight of the golden term does not depend
+    on how many rollouts, or rows of others, stand beside it.
 
     Attributes:
         own: Components that speak about the tokens that the student wrote.
@@ -43,7 +44,7 @@ class Objective:
         self,
         rollout: Rollout,
         total: Callable[[Tensor], Tensor],
-        own: Tensor | None = None,
+        kept: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the share of each completion token in the mean of each term, (N,), by the names of the terms.
@@ -51,16 +52,18 @@ class Objective:
         Args:
             rollout: The whole batch of this process.
             total: Adds up a count over all processes.
-            own: The tokens of the student that the terms are to speak about, (N,) bool; none means all of them.
+            kept: The rows that the terms are to speak about, (B,) bool; none means all of them.
             weights: Weight of each token in the terms that are ``weighted``, (N,); none means 1.
         """
         students = rollout.token_author == Author.STUDENT
-        own = students if own is None else own & students
+        read = torch.ones_like(students) if kept is None else kept[rollout.row]
+        own = students & read
 
         def spread(mask: Tensor) -> Tensor:
             return token_shares(rollout.row, len(rollout), mask, self.aggregation, total)
 
-        plain, others = spread(own), spread(~students)
+        plain = spread(own)
+        others = torch.stack([spread(read & (rollout.token_author == author)) for author in OTHERS]).sum(0)
         weighted = plain if weights is None else spread(own * weights)
         shares = {name: weighted if term.weighted else plain for name, term in self.own.items()}
         return shares | dict.fromkeys(self.other, others)
@@ -209,54 +212,3 @@ def evaluate(
     """
     parts = [part_of(group, reading, shares) for group, reading in zip(piece.groups, readings, strict=True)]
     return streamed_loss(HiddenStates(body(student, piece.rollout), output_head(student, vocabulary)), parts)
-
-
-class Tally:
-    """Sums over the micro-batches of one step, and the diagnostics of the student's tokens."""
-
-    #: Means over the student's tokens that are logged, and what they are means of.
-    MEANS: ClassVar = {
-        "logprob_student": "student",
-        "logprob_teacher": "teacher",
-        "entropy_student": "entropy_student",
-        "entropy_teacher": "entropy_teacher",
-        "overlap": "overlap",
-    }
-
-    def __init__(self, names: list[str], device: torch.device) -> None:
-        self.losses = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
-        self.values = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
-        self.diagnostics = Diagnostics()
-
-    def add(self, result: StreamedLoss) -> None:
-        """Add one micro-batch."""
-        for name in result.losses:
-            self.losses[name] = self.losses[name] + result.losses[name]
-            self.values[name] = self.values[name] + result.values[name]
-        self.diagnostics.extend(result.diagnostics)
-
-    def tokens(self, name: str) -> Tensor:
-        """Return a diagnostic of all tokens of the rows that the student had a part in."""
-        return self.diagnostics[name]
-
-    def of_students(self) -> dict[str, Tensor]:
-        """Return ``advantage`` and ``in_loop`` of the tokens that the student wrote, (n,) each."""
-        if "student" not in self.diagnostics:
-            return {}
-        own = self.tokens("own")
-        advantage = self.tokens("teacher") - self.tokens("student")
-        return {"advantage": advantage[own], "in_loop": self.tokens("in_loop")[own]}
-
-    def reduced(self, total: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """Return the scalars to log, added up over all processes in one go."""
-        names = self.MEANS.values() if "student" in self.diagnostics else ()
-        found = [self.tokens(name) for name in names]
-        weights = [self.tokens("own" if name in ("student", "teacher") else "stands_for") for name in names]
-        sums = [(weight * each).sum() for weight, each in zip(weights, found, strict=True)]
-        counts = [weight.sum() for weight in weights]
-        scalars = total(torch.stack([*self.losses.values(), *self.values.values(), *sums, *counts]).float())
-        losses, values, sums_, counts_ = scalars.split([len(self.losses), len(self.values), len(sums), len(counts)])
-        logged = {f"loss/{name}": loss for name, loss in zip(self.losses, losses, strict=True)}
-        logged |= {f"value/{name}": value for name, value in zip(self.values, values, strict=True)}
-        logged |= dict(zip(self.MEANS if found else [], sums_ / counts_.clamp(min=1), strict=True))
-        return {"loss": losses.sum(), **logged}

@@ -18,7 +18,8 @@ class Policies:
     """What is done with rows that repeat themselves, and with rows that ended without a stop token.
 
     Masks and smaller weights apply to the divergence; the constraints speak about all tokens. Whatever is masked is in
-    no denominator, and a smaller weight leaves the denominator as it is.
+    no denominator, and a smaller weight leaves the denominator as it is. Where both policies lower the weight of a
+    token, the two are multiplied. What is logged about the rollouts is that of the rows as they were written.
 
     Args:
         loops: ``keep`` them; ``mask`` the repeated tokens; ``down_weight`` them; or let the ``golden`` solution of the
@@ -77,7 +78,7 @@ class Policies:
             stop: Token ids that end an answer.
 
         Returns:
-            Rollout and marks to learn from; what takes a place is not repetitive.
+            Rollout and marks to learn from; what takes a place is not repetitive, and its text is left empty.
         """
         if self.loops != "golden":
             return rollout, repetition

@@ -1,8 +1,14 @@
 """Checks before the first step: impossible combinations are refused with a way out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+
+from stable_opd.mixtures.base import Mixture
+from stable_opd.policies import Policies
+from stable_opd.samplers.base import Sampler
+from stable_opd.types import Author
 
 
 def check_context(contexts: Mapping[str, int | None], prompt: int, golden: int, budget: int) -> None:
@@ -53,22 +59,48 @@ def check_golden(mixture: str, having: int, examples: int) -> None:
         )
 
 
-def check_term_names(constraints: Iterable[str]) -> None:
-    """Make sure that the constraints can be logged under their names, and apart from the other terms.
+def check_term_names(place: str, names: Iterable[str], taken: Collection[str] = ()) -> None:
+    """Make sure that components can be logged under their names, and apart from the other terms.
+
+    Args:
+        place: The key of the configuration that holds them.
+        names: Their keys.
+        taken: Names that others have.
 
     Raises:
         ValueError: If one cannot.
     """
-    constraints = list(constraints)
-    odd = sorted(name for name in constraints if not name.isidentifier() or hasattr(nn.ModuleDict, name))
+    names = list(names)
+    odd = sorted(name for name in names if not name.isidentifier() or hasattr(nn.ModuleDict, name))
     if odd:
         raise ValueError(
-            f"Expected plain words as keys of model.constraints, but got {', '.join(map(repr, odd))}. Choose a name of "
+            f"Expected plain words as keys of {place}, but got {', '.join(map(repr, odd))}. Choose a name of "
             "letters, digits and underscores that is no method of a dictionary, such as 'anchor'."
         )
-    taken = sorted({"divergence", "mixture"} & set(constraints))
-    if taken:
+    twice = sorted(set(taken) & set(names))
+    if twice:
         raise ValueError(
-            f"Expected a name for each constraint that no other term has, but got {', '.join(map(repr, taken))}. The "
-            "keys of model.constraints name the terms in the logs; choose another key, such as 'anchor'."
+            f"Expected a name for each constraint that no other term has, but got {', '.join(map(repr, twice))}. The "
+            f"keys of {place} name the terms in the logs; choose another key, such as 'anchor'."
+        )
+
+
+def check_parts(mixture: Mixture, policies: Policies, sampler: Sampler) -> None:
+    """Refuse a combination in which a part would teach nothing, and warn of one that departs from the method.
+
+    Raises:
+        ValueError: If golden rows take the place of others, and nobody learns from them.
+    """
+    if policies.loops == "golden" and Author.GOLDEN not in mixture.authors:
+        raise ValueError(
+            "Expected a mixture that learns from golden rows, because model.policies.loops is golden, but got "
+            f"{type(mixture).__name__}: what takes the place of repetitive rows would teach nothing. Use "
+            "GoldenMixture, or choose the policy mask for loops."
+        )
+    if not sampler.follows_student:
+        rank_zero_warn(
+            f"{type(sampler).__name__} does not draw from the student's own distribution. Divergences over the "
+            "vocabulary then learn from states that the student alone would visit less or more often; advantage-shaped "
+            "ones correct by the importance ratio, but never see the tokens that are ruled out. On-policy distillation "
+            "assumes a temperature of 1 and nothing ruled out."
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stable_opd.metrics import LengthInflation
 from stable_opd.metrics.collections import training_metrics
-from stable_opd.objective import Tally
+from stable_opd.tally import Tally
 from stable_opd.types import Author, Repetition, Rollout
 
 
@@ -22,6 +22,7 @@ class StepReport(nn.Module):
 
     def __init__(self, max_length: int) -> None:
         super().__init__()
+        self.max_length = max_length
         self.metrics = training_metrics(max_length)
         self.figures: dict[str, Tensor] = {}
 
@@ -46,7 +47,10 @@ class StepReport(nn.Module):
         """
         own = rollout.written_by(Author.STUDENT)
         logged: dict[str, Any] = {f"train/{name}": value for name, value in scalars.items()}
-        if len(own):
+        counts = torch.stack([*onset(rollout, repetition), rollout.lengths[own].sum(), own.new_tensor(len(own))])
+        first, looping, tokens, rows = total(counts.float())
+        # Metrics add up over processes, so either all of them take part or none, with rows or without.
+        if rows:
             self.metrics.update(
                 truncated=rollout.truncated[own],
                 repetitive=repetition.repetitive[own],
@@ -57,8 +61,10 @@ class StepReport(nn.Module):
             for metric in self.metrics.values():
                 if not isinstance(metric, LengthInflation):  # the others speak about the step alone
                     metric.reset()
-            tokens = total(rollout.lengths[own].sum().float())
+            logged["train/repetition_onset"] = first / looping
             logged["throughput/rollout_tokens_per_s"] = tokens / seconds["rollout"]
+        compared = tally.compared(total, self.max_length)
+        logged |= {f"train/{name}": value for name, value in compared.items()}
         logged |= {f"time/{name}": value for name, value in seconds.items()}
         self.figures = {name: torch.as_tensor(value) for name, value in logged.items()}
 
@@ -74,3 +80,16 @@ class StepReport(nn.Module):
     def numbers(self) -> dict[str, float]:
         """Return the figures as numbers."""
         return {name: value.item() for name, value in self.figures.items()}
+
+
+def onset(rollout: Rollout, repetition: Repetition) -> tuple[Tensor, Tensor]:
+    """Return the sum of the positions at which rows of the student's begin to repeat themselves, and their number.
+
+    These are the rows that count as repetitive; each begins with its first marked token that the student wrote.
+    """
+    students = repetition.repetitive & (rollout.author == Author.STUDENT)
+    marked = repetition.in_loop & (rollout.token_author == Author.STUDENT) & students[rollout.row]
+    never = torch.full_like(rollout.lengths, torch.iinfo(rollout.lengths.dtype).max)
+    first = never.scatter_reduce(0, rollout.row[marked], rollout.position[marked], "amin")
+    begins = first < never
+    return first.where(begins, 0).sum(), begins.sum()

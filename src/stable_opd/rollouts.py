@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -10,10 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stable_opd.engines.base import Blend, Completions, Request, RolloutEngine
 from stable_opd.engines.in_process import InProcessEngine
+from stable_opd.models import context_length
 from stable_opd.randomness import key
 from stable_opd.samplers import Sampler, Temperature
 from stable_opd.teachers.base import Teacher
 from stable_opd.types import Author, Finish, Plan, Prompts, Rollout
+
+#: Runs the teacher's generation; one for all steps, so that what it has to say is said once.
+_TEACHERS_ENGINE = InProcessEngine()
 
 
 def row_keys(plan: Plan, prompts: Prompts, rows: list[int], *parts: int | str) -> list[int]:
@@ -62,7 +67,8 @@ class Writers:
             prompts: What is answered.
             sampler: How the student draws.
             key_parts: What the random choices are keyed by, besides prompt and sample.
-            blend: A model that has a say in every token of the student's.
+            blend: A model that has a say in every token of the student's. If it is the teacher, the teacher has to be
+                `present` all the time.
 
         Raises:
             ValueError: If the plan is empty, or names an author who does not write here.
@@ -73,11 +79,12 @@ class Writers:
             if author == Author.GOLDEN:
                 rows[row] = self._golden(prompts, prompt)
         theirs = [row for row, author in enumerate(plan.author) if author == Author.TEACHER]
-        for row, text in zip(theirs, self._teach(plan, prompts, theirs, self.max_new_tokens, key_parts), strict=True):
-            rows[row] = text
         own = [row for row, author in enumerate(plan.author) if author == Author.STUDENT]
-        prefixes = self._prefixes(plan, prompts, own, key_parts)
-        for row, text in zip(own, self._write(plan, prompts, own, prefixes, sampler, key_parts, blend), strict=True):
+        with self._teacher_present(plan, blend):
+            taught = self._teach(plan, prompts, theirs, self.max_new_tokens, (*key_parts, "teacher"))
+            prefixes = self._prefixes(plan, prompts, own, (*key_parts, "prefix"))
+        written = self._write(plan, prompts, own, prefixes, sampler, key_parts, blend)
+        for row, text in zip([*theirs, *own], [*taught, *written], strict=True):
             rows[row] = text
         return self._pack(plan, prompts, [row for row in rows if row is not None])
 
@@ -92,23 +99,21 @@ class Writers:
         """Let the teacher write rows."""
         if not rows or self.teacher is None:
             return []
-        keys = row_keys(plan, prompts, rows, *key_parts, "teacher")
+        keys = row_keys(plan, prompts, rows, *key_parts)
         request = self._request(prompts.ids, [plan.prompt[row] for row in rows], keys, budget)
-        with self.teacher.present():
-            written = InProcessEngine().generate(self.teacher.language_model, request, Temperature(1.0))
+        written = _TEACHERS_ENGINE.generate(self.teacher.language_model, request, Temperature(1.0))
         return _Row.split(written, Author.TEACHER)
 
     def _prefixes(
         self, plan: Plan, prompts: Prompts, rows: list[int], key_parts: tuple[int | str, ...]
     ) -> list["_Row"]:
-        """Return what stands before the student's rows."""
-        if plan.prefix == 0:
-            return []
-        if plan.prefix_author == Author.TEACHER:
-            return self._teach(plan, prompts, rows, min(plan.prefix, self.max_new_tokens), key_parts)
+        """Return what stands before the student's rows; it may be nothing."""
         # The last token is the student's, so that there is something to learn.
-        golden = [list(prompts.golden[plan.prompt[row]] or [])[:-1][: plan.prefix] for row in rows]
-        return [_Row.copied(tokens, Author.GOLDEN, Finish.LENGTH, self.student.device) for tokens in golden]
+        longest = min(plan.prefix, self.max_new_tokens - 1)
+        if longest and plan.prefix_author == Author.TEACHER:
+            return self._teach(plan, prompts, rows, longest, key_parts)
+        golden = [list(prompts.golden[plan.prompt[row]] or [])[:-1][:longest] for row in rows]
+        return [_Row.copied(tokens, plan.prefix_author, Finish.LENGTH, self.student.device) for tokens in golden]
 
     def _write(
         self,
@@ -120,26 +125,46 @@ class Writers:
         key_parts: tuple[int | str, ...],
         blend: Blend | None,
     ) -> list["_Row"]:
-        """Let the student write rows, or go on where a prefix ends."""
-        keys = row_keys(plan, prompts, rows, *key_parts)
-        if not rows:
-            return []
+        """Let the student go on where each prefix ends, unless it ended the answer."""
+        keys, whole = row_keys(plan, prompts, rows, *key_parts), list(prefixes)
         extra = {} if blend is None else {"blend": blend}  # an engine that runs one model need not know of it
-        if not prefixes:
-            request = self._request(prompts.ids, [plan.prompt[row] for row in rows], keys, self.max_new_tokens)
-            return _Row.split(self.engine.generate(self.student, request, sampler, **extra), Author.STUDENT)
-        begun = [each.finish != Finish.STOP and len(each.tokens) < self.max_new_tokens for each in prefixes]
-        going = [place for place, goes in enumerate(begun) if goes]
-        if not going:
-            return prefixes
-        heads = [[*prompts.ids[plan.prompt[rows[place]]], *prefixes[place].tokens.tolist()] for place in going]
-        budget = self.max_new_tokens - min(len(prefixes[place].tokens) for place in going)
-        request = self._request(heads, list(range(len(heads))), [keys[place] for place in going], budget)
-        written = _Row.split(self.engine.generate(self.student, request, sampler, **extra), Author.STUDENT)
-        whole = list(prefixes)
-        for place, text in zip(going, written, strict=True):
-            whole[place] = prefixes[place].followed_by(text, self.max_new_tokens)
+        going = [place for place, prefix in enumerate(prefixes) if prefix.finish != Finish.STOP]
+        heads = {place: (*prompts.ids[plan.prompt[rows[place]]], *prefixes[place].tokens.tolist()) for place in going}
+        budgets = {place: self.max_new_tokens - len(prefixes[place].tokens) for place in going}
+        for places in self._together(heads, budgets, blend):
+            distinct = list(dict.fromkeys(heads[place] for place in places))  # rows with one head share its prefill
+            numbers = {head: number for number, head in enumerate(distinct)}
+            request = self._request(
+                distinct,
+                [numbers[heads[place]] for place in places],
+                [keys[place] for place in places],
+                max(budgets[place] for place in places),
+            )
+            written = _Row.split(self.engine.generate(self.student, request, sampler, **extra), Author.STUDENT)
+            for place, text in zip(places, written, strict=True):
+                whole[place] = prefixes[place].followed_by(text, self.max_new_tokens)
         return whole
+
+    def _together(
+        self, heads: dict[int, tuple[int, ...]], budgets: dict[int, int], blend: Blend | None
+    ) -> list[list[int]]:
+        """Return which rows are written together.
+
+        A request has one budget, so rows with a long prefix are asked for more than will be kept. Where that would go
+        beyond what a model can read, rows are written with their equals.
+        """
+        if not heads:
+            return []
+        contexts = [context_length(each) for each in (self.student, *(() if blend is None else (blend.model,)))]
+        asked = max(map(len, heads.values())) + max(budgets.values())
+        if all(context is None or asked <= context for context in contexts):
+            return [list(heads)]
+        return [[place for place in heads if budgets[place] == budget] for budget in sorted(set(budgets.values()))]
+
+    def _teacher_present(self, plan: Plan, blend: Blend | None) -> AbstractContextManager[None]:
+        writes = Author.TEACHER in plan.author or (plan.prefix > 0 and plan.prefix_author == Author.TEACHER)
+        # With a blend it is there already, and one that comes twice would leave too early.
+        return self.teacher.present() if self.teacher and writes and blend is None else nullcontext()
 
     def _request(self, prompts: Sequence[Sequence[int]], rows: list[int], keys: list[int], budget: int) -> Request:
         return Request(prompts, rows, keys, budget, self.stop, len(self.tokenizer))
@@ -194,7 +219,8 @@ class _Row:
     def copied(cls, tokens: list[int], author: Author, finish: Finish, device: torch.device) -> "_Row":
         """Return tokens that nobody drew."""
         ids = torch.tensor(tokens, dtype=torch.long, device=device)
-        return cls(ids, torch.zeros(len(ids), device=device), torch.full_like(ids, int(author)), finish, author)
+        logprobs = torch.zeros(ids.shape, dtype=torch.float32, device=device)
+        return cls(ids, logprobs, torch.full_like(ids, int(author)), finish, author)
 
     @classmethod
     def split(cls, written: Completions, author: Author) -> list["_Row"]:

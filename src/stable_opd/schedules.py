@@ -27,6 +27,8 @@ class Schedule(Component, nn.Module):
 class Linear(Schedule):
     """From one factor to another in a straight line.
 
+    Source: the linear decay that is common for learning rates. Prefer `Cosine` to stay near both ends for longer.
+
     Args:
         start: Factor at the beginning.
         end: Factor at the end of the training.
@@ -45,6 +47,8 @@ class Linear(Schedule):
 class Cosine(Schedule):
     """From one factor to another along half a cosine: slow, fast, slow.
 
+    Source: Loshchilov and Hutter 2017 (SGDR, arXiv 1608.03983), for learning rates.
+
     Args:
         start: Factor at the beginning.
         end: Factor at the end of the training.
@@ -62,6 +66,8 @@ class Cosine(Schedule):
 
 class Step(Schedule):
     """From one factor to another at once.
+
+    Source: of this project. The loss jumps with it; prefer `Linear` where that is not wanted.
 
     Args:
         at: Share of the training after which the factor changes.

@@ -9,6 +9,7 @@ from stable_opd.registry import Component
 from stable_opd.types import Evidence, TokenLoss
 
 Support = Literal["sampled", "topk", "full"]
+SUPPORTS: tuple[Support, ...] = get_args(Support)  # from the least that is read to the most
 
 
 class LossTerm(Component, nn.Module):
@@ -22,6 +23,8 @@ class LossTerm(Component, nn.Module):
     support: Support = "sampled"
     needs_teacher: bool = False
     needs_reference: bool = False
+    #: The reference has to be there, though it need not read anything for this term.
+    keeps_reference: bool = False
     #: For "sampled": the term looks at each position by itself and may be called on tiles of them, which saves a pass.
     positionwise: bool = False
     #: The weights of tokens apply to it (`Weighting`, and what is done with loops and truncated rows).

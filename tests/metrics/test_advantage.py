@@ -54,25 +54,40 @@ def smallest_that_covers(gaps: list[float], quantile: float) -> float:
 
 
 @pytest.mark.parametrize("count", [1, 2, 99, 100, 101, 250, 10_000])
-@pytest.mark.parametrize("quantile", [0.99, 0.5, 0.57, 0.999999, 1.0])
-def test_tail_is_the_smallest_gap_that_enough_tokens_do_not_exceed(count, quantile):
+def test_tail_is_the_smallest_gap_that_enough_tokens_do_not_exceed(count):
     rng = random.Random(count)
     advantage = torch.tensor([rng.gauss(0, 2) for _ in range(count)])
-    metric = LogRatioTail(quantile)
+    quantiles = {"log_ratio_p99": 0.99, "log_ratio_p50": 0.5, "log_ratio_p57": 0.57, "log_ratio_p99.9": 0.999}
+    metric = LogRatioTail([*quantiles.values(), 1.0])
     for part in advantage.split(37):
         metric.update(part)
-    assert metric.compute().item() == smallest_that_covers(advantage.abs().tolist(), quantile)
+    found, gaps = values(metric.compute()), advantage.abs().tolist()
+    assert found.pop("log_ratio_p100") == max(gaps)
+    assert found == {name: smallest_that_covers(gaps, quantile) for name, quantile in quantiles.items()}
+
+
+def test_two_tails_are_reported_of_a_hundred_gaps():
+    metric = LogRatioTail()
+    metric.update(torch.arange(-100.0, 0.0).flip(0))
+    assert values(metric.compute()) == {"log_ratio_p95": 95.0, "log_ratio_p99": 99.0}
 
 
 def test_tail_by_forward_is_that_of_the_batch():
-    metric = LogRatioTail(1.0)
-    assert metric(torch.tensor([-3.0, 1.0])).item() == 3.0
-    assert metric(torch.tensor([2.0])).item() == 2.0
-    assert metric.compute().item() == 3.0
+    metric = LogRatioTail([1.0])
+    assert values(metric(torch.tensor([-3.0, 1.0]))) == {"log_ratio_p100": 3.0}
+    assert values(metric(torch.tensor([2.0]))) == {"log_ratio_p100": 2.0}
+    assert values(metric.compute()) == {"log_ratio_p100": 3.0}
     metric.reset()
     metric.update(torch.tensor([0.5]))
-    assert metric.compute().item() == 0.5
+    assert values(metric.compute()) == {"log_ratio_p100": 0.5}
 
 
 def test_tail_of_bfloat16_gaps_is_float32():
-    assert LogRatioTail()(torch.tensor([1.0, 2.0], dtype=torch.bfloat16)).dtype == torch.float32
+    found = LogRatioTail()(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    assert {each.dtype for each in found.values()} == {torch.float32}
+
+
+def test_tail_of_no_tokens_is_nan_and_not_an_error():
+    found = values(LogRatioTail()(torch.zeros(0)))
+    assert found.keys() == {"log_ratio_p95", "log_ratio_p99"}
+    assert all(map(math.isnan, found.values()))

@@ -43,11 +43,11 @@ def test_tail_and_not_the_beginning_is_looked_at():
 
 
 def test_false_alarms_are_those_of_the_detector():
-    """One golden text in 300 is a loop; the 99th percentile does not see it."""
-    texts = [*TEXTS[:200], *TEXTS[-99:], "so it is. " * 50]
+    """One golden text in 300 that are long enough is a loop; the 99th percentile does not see it."""
+    texts = [*TEXTS[:200], *TEXTS[-99:], "so it is. " * 50, *["so it is. "] * 40]
     found = calibrate_zlib(texts, 128)
     assert found.false_alarms == 1 / 300
-    flags = ZlibRepetition(found.window, found.threshold)(make_rollout([[1]] * 300, texts=texts)).repetitive
+    flags = ZlibRepetition(found.window, found.threshold)(make_rollout([[1]] * 340, texts=texts)).repetitive
     assert flags.sum() == 1
 
 
@@ -125,6 +125,8 @@ def test_command_prints_the_numbers_and_a_recipe(data, capsys):
     numbers, _, snippet = printed.partition("\n\n")
     for value in (len(TEXTS), "256 characters", f"{found.ratio_p50:.2f}", f"{found.ratio_p99:.2f}", "0.00%"):
         assert str(value) in numbers
+    assert "loops of   64 characters" in numbers
+    assert "loops of  256 characters" not in numbers  # two copies do not fit
     repetition = yaml.safe_load(snippet)["model"]["repetition"]
     assert repetition["class_path"] == "ZlibRepetition"
     assert repetition["init_args"]["window"] == 256

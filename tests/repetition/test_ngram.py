@@ -109,6 +109,11 @@ def test_large_tokens_in_many_rows_stay_apart():
     assert not repeated_ngrams(alone, row, 1).any()
 
 
+def test_negative_numbers_are_tokens_like_others():
+    assert not repeated_ngrams(torch.tensor([0, -1]), torch.tensor([0, 1]), 1).any()
+    assert repeated_ngrams(torch.tensor([-1, -1]), torch.tensor([0, 0]), 1).tolist() == [False, True]
+
+
 LOOP = [3, 1, 4, 1, 5]
 
 

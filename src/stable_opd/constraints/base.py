@@ -39,12 +39,13 @@ class Constraint(LossTerm):
                 same on every process.
         """
 
-    def pull(self, student: nn.Module, reference: nn.Module | None) -> Tensor | None:
+    def pull(self, student: nn.Module, reference: nn.Module | None, progress: float) -> Tensor | None:
         """Add the gradient of a penalty on the weights themselves, once per optimizer step; does nothing here.
 
         Args:
             student: The model that learns; its parameters hold the gradients of all terms.
-            reference: The initial student, for constraints that declare ``needs_reference``.
+            reference: The initial student, for constraints that declare ``keeps_reference``.
+            progress: Share of the training that is over, from 0 to 1.
 
         Returns:
             The penalty's value without the weight, a scalar; None if there is no such penalty.

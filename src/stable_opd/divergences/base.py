@@ -14,18 +14,20 @@ A complete plug-in:
             loss = (q.exp() * (q - p)).sum(-1)
             return TokenLoss(loss, loss.detach(), evidence.written_by(Author.STUDENT))
 
-And one that is given by the advantage of a token:
+And one that is given by the advantage of a token, from its log-probs under the models:
 
     from stable_opd import AdvantageDivergence
 
-    class Likelihood(AdvantageDivergence):
-        \"\"\"What the teacher thinks of a token, whatever the student does.\"\"\"
+    class SampledReverseKL(AdvantageDivergence):
+        \"\"\"Reverse KL from the written tokens.\"\"\"
 
-        def advantage(self, student, teacher, reference):
-            return teacher
+        def advantage(self, student: Tensor, teacher: Tensor, reference: Tensor | None) -> Tensor:
+            return teacher - student
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
+from operator import attrgetter
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -64,7 +66,7 @@ def clipped_surrogate(
         log_ratio: Log-prob of the token under the student minus that under whoever drew it, (n,).
         advantage: Advantage A of the token, (n,), without gradient.
         clip: Half-width of the interval in which the ratio may move; None weighs by the ratio alone, -rho * A.
-        dual_clip: How large the ratio of a bad token may count; None means without bound.
+        dual_clip: How much the ratio of a token of negative advantage may count; None means without bound.
 
     Returns:
         Losses, (n,).
@@ -90,7 +92,7 @@ def discounted_future(rewards: Tensor, row: Tensor, discount: float) -> Tensor:
         Sums, (n,); 0 at the last token of a row.
     """
     total, step = rewards, 1
-    # After each round `total` spans twice as many tokens, as long as they are of the same row.
+    # Each round doubles how many tokens of its row an entry of `total` adds up.
     while step < len(rewards):
         same = row[step:] == row[:-step]
         total = torch.cat([total[:-step] + discount**step * total[step:] * same, total[-step:]])
@@ -114,19 +116,21 @@ class AdvantageDivergence(Divergence):
         loss_t = -min(rho_t G_t, clamp(rho_t, 1 - clip, 1 + clip) G_t)
         G_t = transform(A_t) - baseline_t + sum_{k > t} discount^(k - t) transform(-D_k)
 
-    with A the `advantage` and D the `estimate`, which for most is -A, and then G_t is the discounted sum of A from t
-    on. The parts decide what has to be seen: a baseline the whole vocabulary, a discount the whole row. Tokens that
-    the student did not write add nothing to a sum.
+    with A the `advantage` and D the `estimate` of the divergence. For most of them D is -A, and G_t is the discounted
+    sum of the advantages from t on. The parts decide what has to be seen: a baseline the whole vocabulary, a discount
+    whole rows. Tokens that the student did not write add nothing to a sum.
+
+    With a discount of 1 and no transform, the sum of the losses over an answer has the gradient of the expected sum of
+    D; a mean over the tokens of each answer (`sequence_mean`) divides it by the length.
 
     Args:
         clip: Half-width of the interval in which the importance ratio may move before its gradient is cut; None never
             cuts it.
-        dual_clip: How large the ratio of a token of negative advantage may count, above 1; None means without bound.
+        dual_clip: How much the ratio of a token of negative advantage may count, above 1; None means without bound.
         transform: Bounds the advantages; none leaves them as they are.
         baseline: What is subtracted from them to lower the variance; none subtracts nothing.
         discount: How much of the divergence that the row meets later, per token, a token answers for. 0 takes the
-            visited states as given; 1 is the gradient of the sum over whole answers, whose variance grows fast with
-            their length.
+            visited states as given; 1 counts the whole answer, at a variance that grows fast with its length.
     """
 
     positionwise: bool = True
@@ -148,13 +152,12 @@ class AdvantageDivergence(Divergence):
                 "none."
             )
         if not 0 <= discount <= 1:
-            raise ValueError(f"Expected a discount from 0 to 1, but got {discount}. 0 counts the token alone.")
+            raise ValueError(f"Expected a discount from 0 to 1, but got {discount}. 0 counts each token by itself.")
         if discount > 0 and baseline is not None:
             raise ValueError(
                 f"Expected either a discount or a baseline, but got a discount of {discount} and a "
-                f"{type(baseline).__name__}. Sums over what follows need whole rows, while a baseline needs the "
-                "vocabulary, which is only there for some positions at a time. Set the discount to 0, or leave the "
-                "baseline out."
+                f"{type(baseline).__name__}. What follows a token is known of whole rows only, and a baseline sees the "
+                "vocabulary of a few positions at a time. Set the discount to 0, or leave the baseline out."
             )
         self.clip = clip
         self.dual_clip = dual_clip
@@ -178,7 +181,7 @@ class AdvantageDivergence(Divergence):
         """
 
     def estimate(self, student: Tensor, teacher: Tensor, reference: Tensor | None) -> Tensor:
-        """Return what has the divergence as its mean over the student's tokens, entry by entry; minus the advantage.
+        """Return what has the divergence as its mean over the student's tokens, entry by entry; here -A.
 
         It is what is reported, and what a discount adds up. The arguments are those of `advantage`.
         """
@@ -186,22 +189,26 @@ class AdvantageDivergence(Divergence):
 
     def forward(self, evidence: Evidence) -> TokenLoss:
         """Return the clipped surrogate; the value is the estimate of the divergence."""
+        own = evidence.written_by(Author.STUDENT)
         with torch.no_grad():
-            written = self._read(evidence, Scores.sampled)
+            written = self._read(evidence, attrgetter("sampled"))
             value = self.estimate(*written)
-            gain = self._transformed(*written)
+            gain = self._worth(*written)
             if self.baseline is not None:
-                gain = gain - self.baseline(self._transformed, *self._read(evidence, Scores.logprobs))
+                gain = gain - self.baseline(self._worth, *self._read(evidence, attrgetter("logprobs")))
             if self.discount > 0:
-                rewards = self._bounded(-value).where(evidence.written_by(Author.STUDENT), 0)
+                rewards = self._transformed(-value).where(own, 0)
                 gain = gain + discounted_future(rewards, evidence.row, self.discount)
         log_ratio = evidence.student.sampled - evidence.behaviour_logprobs
-        loss = clipped_surrogate(log_ratio, gain, self.clip, self.dual_clip)
-        return TokenLoss(loss, value, evidence.written_by(Author.STUDENT))
+        return TokenLoss(clipped_surrogate(log_ratio, gain, self.clip, self.dual_clip), value, own)
 
-    def _read(self, evidence: Evidence, field: property) -> LogProbs:
-        student, teacher = (
-            field.__get__(scores).clamp(min=LEAST_LOGPROB) for scores in (evidence.student, evidence.teacher)
-        )
-        reference = field.__get__(evidence.reference).clamp(min=LEAST_LOGPROB) if self.needs_reference else None
+    def _worth(self, student: Tensor, teacher: Tensor, reference: Tensor | None) -> Tensor:
+        return self._transformed(self.advantage(student, teacher, reference))
+
+    def _transformed(self, advantage: Tensor) -> Tensor:
+        return advantage if self.transform is None else self.transform(advantage)
+
+    def _read(self, evidence: Evidence, read: Callable[[Scores], Tensor]) -> LogProbs:
+        student, teacher = (read(each).clamp(min=LEAST_LOGPROB) for each in (evidence.student, evidence.teacher))
+        reference = read(evidence.reference).clamp(min=LEAST_LOGPROB) if self.needs_reference else None
         return LogProbs(student, teacher, reference)

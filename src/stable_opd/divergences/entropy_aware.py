@@ -33,7 +33,7 @@ class EntropyAware(Divergence):
 
     support: Support = "full"
 
-    def __init__(self, threshold: float = 0.8, forward_weight: float = 1.0, k: int = 16) -> None:
+    def __init__(self, threshold: float = 0.8, forward_weight: float = 1.0, k: int = 32) -> None:
         super().__init__()
         if not threshold >= 0:
             raise ValueError(

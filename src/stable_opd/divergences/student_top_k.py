@@ -41,7 +41,7 @@ class StudentTopK(Divergence):
 
     support: Support = "full"  # of the teacher too, whose likeliest tokens are others
 
-    def __init__(self, k: int = 16) -> None:
+    def __init__(self, k: int = 32) -> None:
         super().__init__()
         self.k = checked_k(k)
 

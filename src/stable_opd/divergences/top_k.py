@@ -90,7 +90,7 @@ class TeacherTopKForwardKL(Divergence):
 
     support: Support = "topk"
 
-    def __init__(self, k: int = 16) -> None:
+    def __init__(self, k: int = 32) -> None:
         super().__init__()
         self.k = checked_k(k)
 

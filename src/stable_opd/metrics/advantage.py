@@ -1,6 +1,7 @@
 """What the teacher makes of repeated and of regular tokens."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,12 +50,13 @@ class RepeatedAdvantage(ExactMetric):
 
 
 class LogRatioTail(ExactMetric):
-    """A high quantile of how far teacher and student are apart on a token, |log q - log p|.
+    """High quantiles of how far teacher and student are apart on a token, |log q - log p|.
 
-    It grows before a collapse: 0.4 to 1 in healthy runs, 2 to 3 in collapsing ones (a public single-author study).
+    They grow before a collapse: the 99th percentile is 0.4 to 1 in healthy runs and 2 to 3 in collapsing ones (a public
+    single-author study). A quantile over no token is nan.
 
     Args:
-        quantile: Which quantile.
+        quantiles: Which quantiles.
         kwargs: As for every torchmetrics metric.
     """
 
@@ -62,9 +64,9 @@ class LogRatioTail(ExactMetric):
     full_state_update = False
     gaps: list[Tensor]
 
-    def __init__(self, quantile: float = 0.99, **kwargs: Any) -> None:
+    def __init__(self, quantiles: Sequence[float] = (0.95, 0.99), **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.quantile = quantile
+        self.quantiles = tuple(quantiles)
         self.add_state("gaps", [], dist_reduce_fx="cat")
 
     def update(self, advantage: Tensor) -> None:
@@ -75,8 +77,12 @@ class LogRatioTail(ExactMetric):
         """
         self.gaps.append(advantage.abs().float())
 
-    def compute(self) -> Tensor:
-        """Return the quantile, the smallest gap that the given share of the tokens does not exceed, a scalar."""
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``log_ratio_p95`` and so on: the smallest gap that the given share of the tokens does not exceed."""
         gaps = torch.cat(self.gaps) if isinstance(self.gaps, list) else self.gaps  # one tensor after a synchronisation
-        rank = max(1, math.ceil(round(self.quantile * gaps.numel(), 6)))  # rounded, as 0.07 * 100 is above 7
-        return gaps.kthvalue(rank).values
+        ordered = gaps.sort().values if gaps.numel() else gaps.new_full((1,), torch.nan)
+        # Rounded, as 0.07 * 100 is above 7.
+        ranks = [max(1, math.ceil(round(quantile * len(ordered), 6))) for quantile in self.quantiles]
+        return {
+            f"log_ratio_p{100 * each:g}": ordered[rank - 1] for each, rank in zip(self.quantiles, ranks, strict=True)
+        }

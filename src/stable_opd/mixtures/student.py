@@ -1,8 +1,6 @@
 """Pure on-policy distillation."""
 
-import torch
-
-from stable_opd.mixtures.base import Mixture
+from stable_opd.mixtures.base import Mixture, nothing
 from stable_opd.types import Author, Evidence, Plan, Prompts, TokenLoss
 
 
@@ -10,6 +8,12 @@ def student_rows(prompts: Prompts, samples: int) -> Plan:
     """Plan ``samples`` rows of the student's for each prompt; the rows of a prompt stand together."""
     rows = [prompt for prompt in range(len(prompts)) for _ in range(samples)]
     return Plan(rows, [Author.STUDENT] * len(rows))
+
+
+def with_rows(plan: Plan, prompts: Prompts, samples: int, author: Author) -> Plan:
+    """Return a plan with ``samples`` more rows for each prompt, by another author, after all others."""
+    rows = student_rows(prompts, samples).prompt
+    return plan._replace(prompt=[*plan.prompt, *rows], author=[*plan.author, *[author] * len(rows)])
 
 
 class StudentOnly(Mixture):
@@ -26,5 +30,4 @@ class StudentOnly(Mixture):
 
     def forward(self, evidence: Evidence) -> TokenLoss:
         """Return zeros: there are no rows to speak about."""
-        zero = torch.zeros_like(evidence.student.sampled)
-        return TokenLoss(zero, zero, torch.zeros_like(evidence.in_loop))
+        return nothing(evidence)

@@ -27,8 +27,7 @@ def smallest_period(tokens: Tensor, lengths: Tensor, max_period: int, tail: int,
     aligned = tokens[place].masked_fill(back > lengths[:, None], -1)
     shifted = aligned.unfold(1, tail, 1)  # (B, max_period + 1, tail): the tail moved back by max_period, ..., 1, 0
     equal = (shifted[:, :-1] == shifted[:, -1:]).sum(-1).flip(1)
-    # A quotient in float64 meets a share that was written as a decimal number exactly; a product may miss it.
-    found = (equal.double() / tail >= min_share) & (lengths >= tail)[:, None]
+    found = (equal / tail >= min_share) & (lengths >= tail)[:, None]
     return torch.where(found.any(1), found.byte().argmax(1) + 1, 0)
 
 
@@ -53,7 +52,7 @@ def recurring_tail(tokens: Tensor, lengths: Tensor, period: Tensor) -> Tensor:
     gained = balance[lengths.cumsum(0)][row] - balance[:-1]  # from each token to the end of its row
     most = torch.zeros_like(lengths).scatter_reduce(0, row, gained, "amax")  # nothing at all gains 0
     size = lengths[row] - position
-    best = torch.where((gained == most[row]) & (gained > 0), size, size.new_tensor(torch.iinfo(torch.long).max))
+    best = torch.where(gained == most[row], size, size.new_tensor(torch.iinfo(torch.long).max))
     shortest = torch.full_like(lengths, torch.iinfo(torch.long).max).scatter_reduce(0, row, best, "amin")
     return torch.where(most > 0, shortest, 0)
 
@@ -69,6 +68,8 @@ class TokenAutocorrelation(RepetitionDetector):
     exact copies that is the second copy and all later ones, as in `PeriodicSuffix`, which is to be preferred for those:
     it needs fewer tokens. An answer that is shorter than the tail is never repetitive, so small token budgets need a
     smaller one. A stop token at the end is not counted as part of the answer.
+
+    Source: the autocorrelation of a categorical series, which is how often it agrees with itself shifted by p.
 
     Args:
         max_period: Longest period looked for, in tokens.

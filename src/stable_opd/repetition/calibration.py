@@ -152,9 +152,9 @@ def golden_texts(path: str, column: str = "golden", split: str = "train", subset
         ValueError: If the source cannot be read, has no such column, or has something else than text there.
     """
     # Here, because a detector can do without Lightning and the datasets library.
-    from stable_opd.data import Source, _read
+    from stable_opd.data import Source, read_source
 
-    table = _read(Source(path, split, subset))
+    table = read_source(Source(path, split, subset))
     if column not in table.column_names:
         raise ValueError(
             f"Expected {path} to have a column {column!r} with the golden texts, but it has {table.column_names}. Name "

@@ -83,13 +83,12 @@ def rep_n(tokens: Tensor, lengths: Tensor, n: int) -> Tensor:
         1 - unique n-grams / n-grams, (B,) float32.
     """
     row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-    return _share_of_marks(repeated_ngrams(tokens, row, n), row, lengths, n).float()
+    return _share_of_marks(repeated_ngrams(tokens, row, n), row, lengths, n)
 
 
 def _share_of_marks(marks: Tensor, row: Tensor, lengths: Tensor, n: int) -> Tensor:
     repeated = torch.zeros_like(lengths).index_add(0, row, marks.long())
-    # In float64, where a share that was written as a decimal number is met exactly.
-    return repeated.double() / (lengths - n + 1).clamp(min=1)
+    return repeated / (lengths - n + 1).clamp(min=1)
 
 
 class NGramLoop(RepetitionDetector):
@@ -138,12 +137,11 @@ class NGramShare(RepetitionDetector):
 
         rep(o) = 1 - unique n-grams of o / n-grams of o >= min_repeated,  n = order
 
-    An answer whose last part is a loop has at least about the share of that part. The default is far above the 0.6 % of
-    human continuations of 100 tokens (Table 2 of the source), because long texts on one subject come back to their own
-    phrases: manuals and source code of 8192 words have a share of 0.4 to 0.5. For the same reason there are marks in
-    flagged rows only: elsewhere a phrase that comes back is no loop. Counters do not hide a loop from it if they are
-    far apart; `NGramLoop` and `PeriodicSuffix` find loops that are a small part of a long answer. A stop token at the
-    end is not counted as part of the answer.
+    An answer whose last part is a loop has about the share of that part, or more. The default is high, because long
+    texts on one subject come back to their own phrases: manuals and source code of 8192 words and signs have shares of
+    0.4 to 0.5. For the same reason there are marks in flagged rows only: elsewhere a phrase that comes back is no loop.
+    Counters that are far apart do not hide a loop from it. `NGramLoop` and `PeriodicSuffix` find loops that are a small
+    part of a long answer. A stop token at the end is not counted as part of the answer.
 
     Source: Welleck et al. 2019 (arXiv 1908.04319), seq-rep-4.
 

@@ -1,10 +1,10 @@
-"""A divergence by somebody else: all that a third party has to write."""
-
 from stable_opd import Author, Divergence, Evidence, TokenLoss
 
 
 class OutsiderKL(Divergence):
-    """Forward KL over the whole vocabulary.
+    """Forward KL over the whole vocabulary, times a weight.
+
+    Source: the documentation of stable-opd.
 
     Args:
         weight: Multiplies the loss.
