@@ -454,7 +454,8 @@ def test_list_of_a_kind_shows_names_with_their_first_lines(capsys):
     main(["list", "divergence"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "divergence:"
-    found = dict(line.split(maxsplit=1) for line in lines[1:])
+    cells = [line.split(maxsplit=3) for line in lines[1:]]
+    found = {name: first for name, _, _, first in cells}
     assert found["ReverseKL"] == "Reverse KL to the teacher, exact over the whole vocabulary."
     assert "SampledReverseKL" in found
     assert "ReferenceKL" not in found

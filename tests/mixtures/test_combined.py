@@ -82,7 +82,7 @@ def test_part_that_blends_is_asked():
 
 
 def test_part_that_revises_is_asked():
-    whole = CombinedMixture([GoldenMixture(), ReplayMixture(share=1.0)])
+    whole = CombinedMixture([GoldenMixture(), ReplayMixture(rate=1.0)])
     rollout = make_rollout([[1, 2], [3]], authors=[STUDENT, GOLDEN])
     assert whole.revise(rollout, 0).author.tolist() == [STUDENT, GOLDEN]
     assert whole.revise(rollout, 1).author.tolist() == [STUDENT, GOLDEN, PAST]

@@ -40,13 +40,13 @@ def test_first_step_has_nothing_to_repeat():
 
 @pytest.mark.parametrize("capacity", [6, 1000], ids=["some have to leave", "room for all"])
 def test_rows_of_this_step_are_not_repeated_in_it(capacity):
-    for step, rollout in enumerate(run(ReplayMixture(share=3.0, capacity=capacity), range(5))):
+    for step, rollout in enumerate(run(ReplayMixture(rate=3.0, capacity=capacity), range(5))):
         assert all(not text.startswith(f"{step}.") for text in past_of(rollout).texts)
         assert len(set(past_of(rollout).texts)) == len(past_of(rollout)) == min(12, 4 * step, capacity)
 
 
 def test_rows_come_back_as_they_were_written():
-    revised = run(ReplayMixture(share=2.0), range(3))
+    revised = run(ReplayMixture(rate=2.0), range(3))
     for rollout in revised[1:]:
         own = len(rollout) - len(past_of(rollout))
         assert rollout.author.tolist() == [STUDENT] * 4 + [GOLDEN] + [PAST] * (len(rollout) - own)
@@ -77,11 +77,11 @@ def test_only_the_students_rows_are_kept():
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.01, 1), (0.25, 1), (0.5, 2), (0.75, 3), (1.5, 6), (9.0, 12)])
 def test_share_says_how_many(share, count):
-    assert len(past_of(run(ReplayMixture(share=share), range(4))[-1])) == count
+    assert len(past_of(run(ReplayMixture(rate=share), range(4))[-1])) == count
 
 
 def test_step_without_rows_of_the_students_repeats_none():
-    mixture = ReplayMixture(share=2.0)
+    mixture = ReplayMixture(rate=2.0)
     run(mixture, range(2))
     others = written(2).select(torch.tensor([4]))
     assert mixture.revise(others, 2) is others
@@ -90,7 +90,7 @@ def test_step_without_rows_of_the_students_repeats_none():
 
 def test_choice_follows_from_the_step_and_the_seed_alone(monkeypatch):
     def chosen(step):
-        mixture = ReplayMixture(share=0.5)
+        mixture = ReplayMixture(rate=0.5)
         run(mixture, range(4))
         torch.rand(step)  # whatever else was drawn
         return past_of(mixture.revise(written(9), step)).texts
@@ -105,7 +105,7 @@ def test_choice_follows_from_the_step_and_the_seed_alone(monkeypatch):
 
 def test_beginning_of_somebody_else_stays_his():
     """It was not drawn by the student, so no ratio corrects for it."""
-    mixture = ReplayMixture(share=1.0)
+    mixture = ReplayMixture(rate=1.0)
     authors = torch.tensor([1, 1, 0, 0])
     rollout = make_rollout([[4, 5, 6, 7]], behaviour=torch.tensor([0.0, 0, -1, -2]), token_authors=authors)
     mixture.revise(rollout, 0)
@@ -115,7 +115,7 @@ def test_beginning_of_somebody_else_stays_his():
 
 
 def test_checkpoint_goes_through_a_file_and_goes_on_alike():
-    whole, first, second = (ReplayMixture(share=0.5, capacity=7) for _ in range(3))
+    whole, first, second = (ReplayMixture(rate=0.5, capacity=7) for _ in range(3))
     expected = run(whole, range(6))
     run(first, range(3))
     file = io.BytesIO()
@@ -132,4 +132,4 @@ def test_checkpoint_goes_through_a_file_and_goes_on_alike():
 @pytest.mark.parametrize(("share", "capacity"), [(-0.1, 5), (0.2, 0)])
 def test_impossible_settings_are_refused(share, capacity):
     with pytest.raises(ValueError, match=rf"but got {share} and {capacity}\. .*StudentOnly"):
-        ReplayMixture(share=share, capacity=capacity)
+        ReplayMixture(rate=share, capacity=capacity)

@@ -55,10 +55,10 @@ STUDENT, GOLDEN, TEACHER, PAST = Author
 BUDGET = 10
 #: How each is built where its defaults are nothing to test with.
 BUILD = {
-    "CombinedMixture": lambda: CombinedMixture([PrefixMixture(prefix=3), ReplayMixture(share=1.0), TeacherMixing(0.5)]),
+    "CombinedMixture": lambda: CombinedMixture([PrefixMixture(prefix=3), ReplayMixture(rate=1.0), TeacherMixing(0.5)]),
     "GKDMixture": lambda: GKDMixture(on_policy=0.5, source="teacher"),
     "PrefixMixture": lambda: PrefixMixture(prefix=4, source="teacher", loss=ForwardKL()),
-    "ReplayMixture": lambda: ReplayMixture(share=0.5),
+    "ReplayMixture": lambda: ReplayMixture(rate=0.5),
     "SpeculativeMixing": lambda: SpeculativeMixing(k=3),
 }
 #: Which of them bring tokens of others into the second step, of those that do so at all.

@@ -33,7 +33,7 @@ class ReplayMixture(WeightedMixture):
         weight: Factor of the term in the objective.
         schedule: Changes the weight in the course of the training; none keeps it constant.
         loss: How the rows are learnt; none takes `SampledReverseKL`.
-        share: Rows of earlier steps for each row of the student's in this step; rounded, but at least one row unless it
+        rate: Rows of earlier steps for each row of the student's in this step; rounded, but at least one row unless it
             is 0.
         capacity: Rows that are kept.
     """
@@ -46,16 +46,16 @@ class ReplayMixture(WeightedMixture):
         weight: float = 1.0,
         schedule: Schedule | None = None,
         loss: Divergence | None = None,
-        share: float = 0.25,
+        rate: float = 0.25,
         capacity: int = 1000,
     ) -> None:
         super().__init__(weight, schedule, loss or SampledReverseKL())
-        if share < 0 or capacity < 1:
+        if rate < 0 or capacity < 1:
             raise ValueError(
-                f"Expected a share of at least 0 and a capacity of at least 1, but got {share} and {capacity}. Without "
+                f"Expected a rate of at least 0 and a capacity of at least 1, but got {rate} and {capacity}. Without "
                 "rows of earlier steps this is StudentOnly."
             )
-        self.share = share
+        self.rate = rate
         self.rows: deque[dict[str, Any]] = deque(maxlen=capacity)
 
     def plan(self, prompts: Prompts, samples: int, progress: float, step: int) -> Plan:
@@ -65,7 +65,7 @@ class ReplayMixture(WeightedMixture):
     def revise(self, rollout: Rollout, step: int) -> Rollout:
         """Add rows of earlier steps, and keep the new ones for later."""
         own = rollout.written_by(Author.STUDENT)
-        wanted = max(1, round(self.share * len(own))) if self.share and len(own) else 0
+        wanted = max(1, round(self.rate * len(own))) if self.rate and len(own) else 0
         count = min(wanted, len(self.rows))
         places = _choose(len(self.rows), count, key(global_seed(), "replay", step))
         past = [self.rows[place] for place in places]

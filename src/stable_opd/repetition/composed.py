@@ -19,6 +19,8 @@ class AnyOf(_Composed):
 
     Use it where loops of several sorts occur, such as exact ones and ones with a counter. `AllOf` is the strict one.
 
+    Source: of this project.
+
     Args:
         detectors: The detectors that are asked, at least one.
     """
@@ -37,6 +39,8 @@ class AllOf(_Composed):
 
     Use it where one detector alone raises false alarms. Detectors may flag the same row and mark different tokens of
     it; that row is then flagged and has no marks. `AnyOf` is the lenient one.
+
+    Source: of this project.
 
     Args:
         detectors: The detectors that are asked, at least one.

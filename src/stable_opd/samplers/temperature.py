@@ -32,6 +32,8 @@ class Temperature(Sampler):
 
     On-policy distillation assumes that the student's rollouts follow the student itself, which is a temperature of 1.
 
+    Source: the temperature of the Boltzmann distribution (Ackley, Hinton and Sejnowski 1985).
+
     Args:
         temperature: Below 1 sharpens the distribution, above 1 flattens it.
     """

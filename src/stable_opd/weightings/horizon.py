@@ -25,7 +25,7 @@ def prefix_mask(own: Tensor, row: Tensor, horizon: float) -> Tensor:
 class PrefixHorizon(Weighting):
     """Only the first tokens of each answer count, as many as a horizon that may grow.
 
-        w_t = 1[t < max(1, tokens * schedule(progress))],  t = 0 at the first token that the student wrote
+        w_t = 1[t < max(1, horizon * schedule(progress))],  t = 0 at the first token that the student wrote
 
     The later a token, the more it stands on what the student wrote before, and the less a teacher has to say about it.
     The horizon is in tokens and not a share of the row: whether a token counts must not depend on how its row went on,
@@ -37,19 +37,19 @@ class PrefixHorizon(Weighting):
     2605.31490); the first 100 tokens are those of ESR (arXiv 2605.27028).
 
     Args:
-        tokens: The horizon, in tokens of the student's.
+        horizon: In tokens of the student's.
         schedule: Changes it in the course of the training, such as ``Linear(0.1, 1.0)``; none keeps it constant.
     """
 
-    def __init__(self, tokens: int = 100, schedule: Schedule | None = None) -> None:
+    def __init__(self, horizon: int = 100, schedule: Schedule | None = None) -> None:
         super().__init__()
-        if tokens < 1:
-            raise ValueError(f"Expected tokens of at least 1, but got {tokens}: nothing of an answer would count.")
-        self.tokens = tokens
+        if horizon < 1:
+            raise ValueError(f"Expected a horizon of at least 1 token, but got {horizon}: nothing of an answer would count.")
+        self.horizon = horizon
         self.schedule = schedule
 
     def forward(self, look: Look) -> Tensor:
         """Return 1 for the tokens within the horizon."""
         # Rounded, so that a factor that is above 0.3 in the last digit only does not let one more token in.
-        horizon = max(1.0, round(scheduled(self.tokens, self.schedule, look.progress), 6))
+        horizon = max(1.0, round(scheduled(self.horizon, self.schedule, look.progress), 6))
         return prefix_mask(look.own, look.rollout.row, horizon)
