@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from constraints.common import Fixed
+from constraints.common import _Fixed
 from stable_opd.constraints import EntropyFloor, ReferenceKL
 from stable_opd.controllers import Controller, DualAscent, Proportional
 
@@ -159,6 +159,6 @@ def test_rate_that_would_take_the_weight_away_is_refused():
 
 def test_a_controller_of_ones_own_needs_only_the_next_factor():
     assert Controller.__abstractmethods__ == {"next_factor"}
-    fixed = Fixed(2.0)
+    fixed = _Fixed(2.0)
     fixed.update(3.0)
     assert fixed.factor == 2.0

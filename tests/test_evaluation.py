@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from helpers import make_rollout
+from helpers import TOKENIZER, make_rollout
 from stable_opd import ExactMatch, Finish, PeriodicSuffix, Prompts
-from stable_opd.evaluation import Evaluation, grades
+from stable_opd.evaluation import Evaluation, grades, records, repeated_from
 
 FIELDS = [{"answer": "1"}, {"answer": "2"}, {"answer": "3"}, {"answer": "4"}]
 
@@ -76,3 +76,15 @@ def test_first_set_is_greedy_and_the_second_is_drawn_at_the_temperature():
     prefix = torch.zeros(1, 0, dtype=torch.long)
     assert first(logits, prefix).isfinite().tolist() == [[False, True, False]]
     torch.testing.assert_close(second(logits, prefix), 4 * logits)
+
+
+def test_records_say_where_an_answer_begins_to_repeat_itself():
+    rollout, task = answers(), prompts(ExactMatch(marker=""))
+    found = PeriodicSuffix(4, 3, 3)(rollout)
+    places = repeated_from(rollout, found, TOKENIZER)
+    # Nine times the same token: the second copy is where it begins.
+    assert places == [None, len(TOKENIZER.decode([5])), None, None]
+    written = records(task, rollout, found, grades(task, rollout), TOKENIZER)
+    assert [record["repeated_from"] for record in written] == places
+    assert [record["grade"] for record in written] == [1.0, 0.0, 1.0, 0.0]
+    assert "grade" not in records(prompts(None), rollout, found, [], TOKENIZER)[0]

@@ -43,7 +43,7 @@ def test_norms_and_cosines_by_hand():
     assert [parameter.grad for parameter in parameters] == [None] * 3
 
 
-class Keeping(TransformersEngine):
+class _Keeping(TransformersEngine):
     """Keeps what it wrote, step by step."""
 
     def __init__(self):
@@ -73,7 +73,7 @@ def fit(student_path, teacher_path, train_path):
     """Train for two steps on the same data, comparing every so many steps."""
 
     def fit(every, micro_batch_tokens=16_384, student=student_path):
-        engine, recorder = Keeping(), Snapshots()
+        engine, recorder = _Keeping(), Snapshots()
         module = OPDModule(
             student,
             LocalTeacher(teacher_path),

@@ -163,7 +163,7 @@ def test_rollouts_are_written_by_the_student_as_it_is(build, data):
     assert max(gaps) < 1e-4
 
 
-class Keeping(TransformersEngine):
+class _Keeping(TransformersEngine):
     """Keeps what it wrote, and in which mode the model was."""
 
     def __init__(self):
@@ -177,7 +177,7 @@ class Keeping(TransformersEngine):
 
 
 def test_rollouts_are_written_without_dropout_and_learnt_with_it(build, data):
-    engine, modes = Keeping(), []
+    engine, modes = _Keeping(), []
 
     class Watching(LocalTeacher):
         """Looks at the student's mode while the rows are scored."""
@@ -195,7 +195,7 @@ def test_rollouts_are_written_without_dropout_and_learnt_with_it(build, data):
 
 def test_each_step_draws_anew(build, data):
     """The same student (a rate of 0) and the same prompts in both steps, but other answers."""
-    engine = Keeping()
+    engine = _Keeping()
     fit(build(engine=engine, optimizer=partial(torch.optim.SGD, lr=0.0)), data(batch_size=24), steps=2)
     rows = [
         dict(zip(map(tuple, (request.prompts[n] for n in request.prompt)), _rows(completions), strict=True))
@@ -211,7 +211,7 @@ def _rows(completions):
 
 def test_logged_figures_equal_those_computed_from_the_rollouts(build, data):
     """Lengths, rates and advantages of a step, from what the engine wrote and from full forward passes."""
-    engine = Keeping()
+    engine = _Keeping()
     module = build(samples=4, engine=engine, constraints={"anchor": ReferenceKL(0.5)})
     recorder = fit(module, data(batch_size=6), steps=1)
     ((request, completions),), (logged,) = engine.written, recorder.steps

@@ -195,7 +195,7 @@ def test_wrong_arguments_are_refused(options, words):
         Policies(**options)
 
 
-class Flag(RepetitionDetector):
+class _Flag(RepetitionDetector):
     """Flags the rows and marks the tokens that it is told to, from the second token on."""
 
     def __init__(self, which):
@@ -238,7 +238,7 @@ def difference(found, expected):
 
 
 START = dict(tiny_model(1).named_parameters())
-HALF = Flag(lambda rollout: torch.arange(len(rollout), device=rollout.lengths.device) % 2 == 0)
+HALF = _Flag(lambda rollout: torch.arange(len(rollout), device=rollout.lengths.device) % 2 == 0)
 
 
 @pytest.mark.parametrize(("loops", "truncated"), COMBINATIONS)
@@ -257,8 +257,10 @@ def everything(rollout):
     return torch.ones_like(rollout.truncated)
 
 
-class Endless(Sampler):
+class _Endless(Sampler):
     """Never ends an answer."""
+
+    follows_student = True  # so that nothing is warned of
 
     def forward(self, logits, prefix):
         return logits.index_fill(-1, torch.tensor([EOS]), -float("inf"))
@@ -267,23 +269,23 @@ class Endless(Sampler):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_nothing_is_learnt_where_all_rows_are_dropped(aggregation, train):
     """The row that is read all the same has no share."""
-    found, steps = train(Policies(truncated="drop"), sampler=Endless(), aggregation=aggregation)
+    found, steps = train(Policies(truncated="drop"), sampler=_Endless(), aggregation=aggregation)
     assert [step["train/truncation_rate"] for step in steps] == [1.0, 1.0]
     assert difference(found, START) == 0
     assert [step["train/loss"] for step in steps] == [0.0, 0.0]
     assert [step["train/grad_norm"] for step in steps] == [0.0, 0.0]
-    assert difference(train(Policies(), sampler=Endless(), aggregation=aggregation)[0], START) > 1e-3
+    assert difference(train(Policies(), sampler=_Endless(), aggregation=aggregation)[0], START) > 1e-3
 
 
 def test_golden_rows_are_learnt_beside_rows_that_are_all_dropped(train):
-    found, steps = train(Policies(truncated="drop"), sampler=Endless(), mixture=GoldenMixture())
+    found, steps = train(Policies(truncated="drop"), sampler=_Endless(), mixture=GoldenMixture())
     assert [step["train/loss/divergence"] for step in steps] == [0.0, 0.0]
     assert [step["train/loss/anchor"] for step in steps] == [0.0, 0.0]
     assert difference(found, START) > 1e-3
 
 
 def test_golden_solutions_may_take_all_places(train):
-    found, steps = train(Policies(loops="golden"), mixture=GoldenMixture(), detector=Flag(everything))
+    found, steps = train(Policies(loops="golden"), mixture=GoldenMixture(), detector=_Flag(everything))
     assert [step["train/repetition_rate"] for step in steps] == [1.0, 1.0]
     assert [step["train/loss/divergence"] for step in steps] == [0.0, 0.0]
     assert difference(found, START) > 1e-3
@@ -291,7 +293,7 @@ def test_golden_solutions_may_take_all_places(train):
 
 def test_masked_loops_are_still_held_by_the_constraints(train):
     """All tokens but the first of each row are marked."""
-    _, (_, step) = train(Policies(loops="mask"), detector=Flag(everything))
-    _, (_, plain) = train(Policies(), detector=Flag(everything))
+    _, (_, step) = train(Policies(loops="mask"), detector=_Flag(everything))
+    _, (_, plain) = train(Policies(), detector=_Flag(everything))
     assert step["train/value/anchor"] > 0
     assert step["train/loss/divergence"] != pytest.approx(plain["train/loss/divergence"], rel=1e-3)

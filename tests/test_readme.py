@@ -1,5 +1,7 @@
 """What the README says is so."""
 
+import csv
+import math
 import re
 import subprocess
 import sys
@@ -48,9 +50,8 @@ def test_recipes_differ_in_mixture_and_constraints_only():
     assert stable == collapse
 
 
-def block(language):
-    (found,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    return found
+def block(language, number=0):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)[number]
 
 
 def test_recipe_is_understood(tmp_path, capsys):
@@ -62,6 +63,22 @@ def test_recipe_is_understood(tmp_path, capsys):
     resolved = yaml.safe_load(capsys.readouterr().out)
     assert resolved["model"]["mixture"]["init_args"]["schedule"]["init_args"] == {"start": 1.0, "end": 0.1}
     assert resolved["data"]["init_args"]["columns"] == {"prompt": "problem", "golden": "solution", "answer": "answer"}
+
+
+@pytest.mark.slow
+def test_parts_that_compose_train_together(tmp_path):
+    path = tmp_path / "parts.yaml"
+    path.write_text(block("yaml", 1))
+    short = ["--trainer.max_steps", "2", "--trainer.num_sanity_val_steps", "0", "--data.batch_size", "4"]
+    out = ["--trainer.logger.save_dir", str(tmp_path), "--trainer.enable_progress_bar", "false"]
+    main(["fit", "-c", str(ROOT / "configs" / "quickstart.yaml"), "-c", str(path), *short, *out])
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "1"]
+    assert all(math.isfinite(float(row[f"train/loss/{term}"])) for row in rows for term in ("divergence", "anchor"))
+    resolved = yaml.safe_load(next(tmp_path.rglob("config.yaml")).read_text())["model"]
+    assert resolved["divergence"]["init_args"]["baseline"]["class_path"].endswith("ExactBaseline")
+    assert resolved["reference"]["class_path"].endswith("MovingAverage")
 
 
 def test_component_of_ones_own_is_the_divergence_it_claims_to_be():

@@ -153,7 +153,7 @@ def test_rows_without_a_teacher_are_measured_all_the_same():
     assert "train/stop_hazard" not in figures
 
 
-class Marking(RepetitionDetector):
+class _Marking(RepetitionDetector):
     """Calls rows with an even first token repetitive, and marks them from their second token on."""
 
     def forward(self, rollout):
@@ -162,7 +162,7 @@ class Marking(RepetitionDetector):
         return Repetition(flags[rollout.row] & (rollout.position > 0), flags)
 
 
-class Keeping(TransformersEngine):
+class _Keeping(TransformersEngine):
     """Keeps what it wrote."""
 
     def generate(self, model, request, sampler):
@@ -174,13 +174,13 @@ class Keeping(TransformersEngine):
 def test_figures_of_a_training_step_equal_those_from_full_forward_passes(
     micro_batch_tokens, student_path, teacher_path, train_path
 ):
-    engine, recorder = Keeping(), Recorder()
+    engine, recorder = _Keeping(), Recorder()
     module = OPDModule(
         student_path,
         LocalTeacher(teacher_path),
         ReverseKL(),
         StudentOnly(),
-        Marking(),
+        _Marking(),
         engine=engine,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         rollout=RolloutOptions(samples_per_prompt=4, max_new_tokens=BUDGET),

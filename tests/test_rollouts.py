@@ -98,7 +98,7 @@ def test_author_who_does_not_write_here_is_refused():
         write(Plan([0, 1], [Author.STUDENT, Author.TEACHER]))
 
 
-class Writing(LocalTeacher):
+class _Writing(LocalTeacher):
     """A teacher in memory; it knows whether it is on the device, where only the last to leave may take it from."""
 
     def __init__(self, model):
@@ -142,7 +142,7 @@ def prefixed(prefix, author=Author.GOLDEN, prompt=(0, 0, 1, 2)):
 
 
 def test_teachers_rows_are_drawn_from_the_teacher_at_temperature_1():
-    teacher = Writing(wide())
+    teacher = _Writing(wide())
     plan = Plan([0, 0, 1, 2, 2], [Author.TEACHER, Author.STUDENT, Author.TEACHER, Author.TEACHER, Author.GOLDEN])
     _, rollout = write(plan, teacher=teacher)
     assert rollout.author.tolist() == plan.author
@@ -155,7 +155,7 @@ def test_teachers_rows_are_drawn_from_the_teacher_at_temperature_1():
 
 
 def test_teacher_that_writes_nothing_does_not_come():
-    teacher = Writing(wide())
+    teacher = _Writing(wide())
     for plan in (mixed_plan(), prefixed(0, Author.TEACHER), prefixed(2)):
         write(plan, teacher=teacher)
     assert teacher.visits == 0
@@ -206,7 +206,7 @@ def test_stop_token_beyond_the_budget_was_not_written():
 def test_prefix_of_nothing_is_a_row_of_the_students(prefix, author):
     """Annealed to nothing, or before solutions that are a stop token alone."""
     prompts = Prompts(PROMPTS.ids, [[EOS], None, [EOS]], PROMPTS.index, PROMPTS.fields)
-    teacher = Writing(wide())
+    teacher = _Writing(wide())
     _, found = write(prefixed(prefix, author), prompts, teacher=teacher)
     _, expected = write(prefixed(0), prompts)
     assert completions(found) == completions(expected)
@@ -222,7 +222,7 @@ def test_budget_of_one_token_leaves_no_room_for_a_prefix():
 
 
 def test_teachers_prefix_is_followed_by_the_student_unless_it_ended_the_answer():
-    teacher, plan = Writing(wide()), prefixed(3, Author.TEACHER, [0, 1, 2] * 8)
+    teacher, plan = _Writing(wide()), prefixed(3, Author.TEACHER, [0, 1, 2] * 8)
     model, rollout = write(plan, budget=8, teacher=teacher)
     ended = 0
     for number, (row, authors, found) in enumerate(rows_of(rollout)):
@@ -244,7 +244,7 @@ def test_teachers_prefix_is_followed_by_the_student_unless_it_ended_the_answer()
 
 
 def test_answers_that_the_teacher_ended_need_no_student():
-    teacher = Writing(tiny_model(2))
+    teacher = _Writing(tiny_model(2))
     teacher.model.lm_head.weight.data.zero_()[EOS] = 30 * teacher.model.model.norm.weight.data.sign()
     teacher.model.model.norm.weight.data.zero_()
     plan = prefixed(3, Author.TEACHER)
@@ -255,7 +255,7 @@ def test_answers_that_the_teacher_ended_need_no_student():
 
 
 def test_teachers_rows_and_beginnings_differ_and_follow_from_their_keys():
-    teacher = Writing(wide())
+    teacher = _Writing(wide())
     plan = Plan([0, 0, 0], [Author.TEACHER, Author.TEACHER, Author.STUDENT], 4, Author.TEACHER)
     _, rollout = write(plan, teacher=teacher)
     _, again = write(plan, teacher=teacher)
@@ -317,7 +317,7 @@ def test_rows_with_the_same_beginning_share_its_prefill():
 @pytest.mark.parametrize("author", [Author.GOLDEN, Author.TEACHER])
 def test_teacher_stays_while_it_has_a_say(author):
     """It writes rows or beginnings first, and is still there when the student's tokens are drawn."""
-    teacher = Writing(wide())
+    teacher = _Writing(wide())
     present = []
 
     def mix(student, theirs):

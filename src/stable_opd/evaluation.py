@@ -1,11 +1,12 @@
 """Grading answers and measuring them, for validation and test."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
+from transformers import PreTrainedTokenizerBase
 
 from stable_opd.metrics.collections import evaluation_metrics
 from stable_opd.repetition import RepetitionDetector
@@ -21,18 +22,43 @@ def grades(prompts: Prompts, rollout: Rollout) -> list[float]:
     return [prompts.task.grade(text, prompts.fields[place]) for text, place in zip(rollout.texts, places, strict=True)]
 
 
-def records(prompts: Prompts, rollout: Rollout, repetition: Repetition) -> list[dict[str, Any]]:
-    """Return one record for each answer, in the order of the rows: the fields of its prompt, and what became of it."""
+def records(
+    prompts: Prompts,
+    rollout: Rollout,
+    repetition: Repetition,
+    graded: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, Any]]:
+    """Return one record for each answer, in the order of the rows: the fields of its prompt, and what became of it.
+
+    Args:
+        prompts: What was answered, one row each.
+        rollout: The answers.
+        repetition: What the detector said of them.
+        graded: The grade of each answer; empty if there is no task.
+        tokenizer: Turns token ids into text.
+    """
     columns = {
         "index": prompts.index,
         "completion": rollout.texts,
         "tokens": rollout.lengths.tolist(),
         "truncated": rollout.truncated.tolist(),
         "repetitive": repetition.repetitive.tolist(),
+        "repeated_from": repeated_from(rollout, repetition, tokenizer),
     }
-    columns |= {"grade": grades(prompts, rollout)} if prompts.task else {}
+    columns |= {"grade": graded} if graded else {}
     answers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return [{**fields, **answer} for fields, answer in zip(prompts.fields, answers, strict=True)]
+
+
+def repeated_from(rollout: Rollout, repetition: Repetition, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
+    """Return how many characters of each answer stand before its first repeated token; None if it has none."""
+    lengths = rollout.lengths.tolist()
+    found: list[int | None] = []
+    for tokens, marks in zip(rollout.completion.split(lengths), repetition.in_loop.split(lengths), strict=True):
+        before = tokens[: int(marks.int().argmax())].tolist() if bool(marks.any()) else None
+        found.append(None if before is None else len(tokenizer.decode(before, skip_special_tokens=True)))
+    return found
 
 
 class Evaluation(nn.Module):
@@ -55,13 +81,15 @@ class Evaluation(nn.Module):
 
     def measure(
         self, metrics: MetricCollection, prompts: Prompts, rollout: Rollout, detector: RepetitionDetector
-    ) -> None:
-        """Count the answers of a batch in one of the sets."""
+    ) -> tuple[Repetition, list[float]]:
+        """Count the answers of a batch in one of the sets; return what repeats in them, and their grades."""
+        found, graded = detector(rollout), grades(prompts, rollout)
         metrics["truncation_rate"].update(rollout.truncated)
-        metrics["repetition_rate"].update(detector(rollout).repetitive)
+        metrics["repetition_rate"].update(found.repetitive)
         metrics["length"].update(rollout.lengths)
         if prompts.task is not None:
-            metrics["accuracy"].update(torch.tensor(grades(prompts, rollout), device=rollout.lengths.device))
+            metrics["accuracy"].update(torch.tensor(graded, device=rollout.lengths.device))
+        return found, graded
 
     def compute(self) -> dict[str, Tensor]:
         """Return all figures, over all processes, and forget the answers."""

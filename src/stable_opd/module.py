@@ -24,7 +24,7 @@ from stable_opd.data import PromptDataModule
 from stable_opd.divergences import Divergence
 from stable_opd.engines import InProcessEngine, RolloutEngine
 from stable_opd.engines.base import Blend
-from stable_opd.evaluation import Evaluation, records
+from stable_opd.evaluation import Evaluation, grades, records
 from stable_opd.gradients import compare_gradients
 from stable_opd.look import Look, glance
 from stable_opd.memory import MemoryPlan, plan_memory
@@ -336,11 +336,14 @@ class OPDModule(LightningModule):
         if "reference" in checkpoint and self.readers.reference is not None:
             self.readers.reference.load_state_dict(checkpoint["reference"])
 
-    def validation_step(self, batch: Prompts, batch_idx: int) -> None:
-        """Answer the prompts, greedily and at a temperature, and measure the answers."""
+    def validation_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
+        """Answer the prompts, greedily and at a temperature, and measure them; return the greedy ``answers``."""
+        answers: list[dict[str, Any]] = []
         for sampler, metrics in self.evaluation.sets():
             rollout = self.write(batch, student_rows(batch, 1), sampler, "evaluation")
-            self.evaluation.measure(metrics, batch, rollout, self.repetition)
+            found, graded = self.evaluation.measure(metrics, batch, rollout, self.repetition)
+            answers = answers or records(batch, rollout, found, graded, self.tokenizer)
+        return {"answers": answers}
 
     def on_validation_epoch_end(self) -> None:
         """Log the evaluation; the one before the first step is that of the initial student."""
@@ -352,9 +355,9 @@ class OPDModule(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics({name: float(value) for name, value in figures.items()}, step=self.global_step)
 
-    def test_step(self, batch: Prompts, batch_idx: int) -> None:
+    def test_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
         """As in validation."""
-        self.validation_step(batch, batch_idx)
+        return self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log the evaluation."""
@@ -363,7 +366,7 @@ class OPDModule(LightningModule):
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
         """Answer the prompts greedily; one record for each, in their order."""
         rollout = self.write(batch, student_rows(batch, 1), Temperature(0.0), "prediction")
-        return records(batch, rollout, self.repetition(rollout))
+        return records(batch, rollout, self.repetition(rollout), grades(batch, rollout), self.tokenizer)
 
     def _constraints(self) -> dict[str, Constraint]:
         return {name: cast(Constraint, each) for name, each in self.constraints.items()}

@@ -71,7 +71,7 @@ def outcomes(term, student, reference, author=0):
         return [(by_autograd, gradient), closed_form(term, see(student, reference, author))]
 
 
-class Fixed(Controller):
+class _Fixed(Controller):
     """A factor that stays."""
 
     def __init__(self, factor):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from constraints.common import ALL, AUTHORS, ESTIMATED, FULL, SAMPLED, Fixed, draw_logits, outcomes, see
+from constraints.common import ALL, AUTHORS, ESTIMATED, FULL, SAMPLED, _Fixed, draw_logits, outcomes, see
 from stable_opd import Linear, components
 from stable_opd.constraints import WeightedConstraint
 from stable_opd.controllers import Proportional
@@ -92,8 +92,8 @@ def test_weight_schedule_and_controller_scale_the_loss_and_not_the_value(make):
     for factor, term in {
         0.3: make(0.3),
         0.75: make(1.0, schedule=Linear(1.0, 0.0)),
-        2.5: make(1.0, controller=Fixed(2.5)),
-        0.375: make(0.25, schedule=Linear(1.0, 0.0), controller=Fixed(2.0)),
+        2.5: make(1.0, controller=_Fixed(2.5)),
+        0.375: make(0.25, schedule=Linear(1.0, 0.0), controller=_Fixed(2.0)),
         0.0: make(0.0),
     }.items():
         found = term(see(student, reference, progress=0.25))

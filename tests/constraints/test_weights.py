@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from constraints.common import Fixed, draw_logits, see
+from constraints.common import _Fixed, draw_logits, see
 from helpers import tiny_model
 from stable_opd import Linear
 from stable_opd.constraints import InitialWeights
@@ -85,7 +85,7 @@ def test_reference_in_another_precision_is_compared_in_that_of_the_student(pair)
 
 def test_schedule_and_controller_scale_the_gradient_and_not_the_value(pair):
     student, reference = pair
-    term = InitialWeights(0.8, Linear(1.0, 0.0), Fixed(0.5))
+    term = InitialWeights(0.8, Linear(1.0, 0.0), _Fixed(0.5))
     plain, plain_student = InitialWeights(0.3), copy.deepcopy(student)
     assert term.pull(student, reference, 0.25).item() == plain.pull(plain_student, reference, 0.0).item()
     for ours, theirs in zip(student.parameters(), plain_student.parameters(), strict=True):

@@ -119,14 +119,14 @@ def test_discounted_future_of_whole_numbers_is_exact_over_a_long_row():
     assert found.tolist() == list(range(4999, -1, -1))
 
 
-class Own(AdvantageDivergence):
+class _Own(AdvantageDivergence):
     """Every token is worth as much as its student's log-prob, which carries a gradient that must not be used."""
 
     def advantage(self, student, teacher, reference):
         return student
 
 
-Own.__qualname__ = "<locals>.Own"  # no component
+_Own.__qualname__ = "<locals>.Own"  # no component
 
 
 def see(logprobs, tokens, **options):
@@ -137,7 +137,7 @@ def test_gradient_of_the_advantage_is_not_used():
     logprobs = torch.randn(4, 5, dtype=torch.float64).log_softmax(-1).requires_grad_()
     tokens = torch.tensor([0, 1, 2, 3])
     sampled = logprobs.detach().gather(1, tokens[:, None]).squeeze(1)
-    Own()(see(logprobs, [0, 1, 2, 3], behaviour=sampled)).loss.sum().backward()
+    _Own()(see(logprobs, [0, 1, 2, 3], behaviour=sampled)).loss.sum().backward()
     expected = torch.zeros(4, 5, dtype=torch.float64).scatter(1, tokens[:, None], -sampled[:, None])
     torch.testing.assert_close(logprobs.grad, expected)
 
@@ -147,10 +147,10 @@ def test_clips_of_the_constructor_are_used():
     logprobs = torch.full((1, 2), 0.5).log()
     worth = -logprobs[0, 0].item()
     bad, good = (see(sign * logprobs, [0], behaviour=sign * logprobs[:, 0] - 1) for sign in (1, -1))
-    assert Own(clip=0.5)(bad).loss.item() == pytest.approx(2.7182818 * worth)
-    assert Own(clip=0.5, dual_clip=2.0)(bad).loss.item() == pytest.approx(2 * worth)
-    assert Own(clip=0.5)(good).loss.item() == pytest.approx(-1.5 * worth)
-    assert Own(clip=None)(good).loss.item() == pytest.approx(-2.7182818 * worth)
+    assert _Own(clip=0.5)(bad).loss.item() == pytest.approx(2.7182818 * worth)
+    assert _Own(clip=0.5, dual_clip=2.0)(bad).loss.item() == pytest.approx(2 * worth)
+    assert _Own(clip=0.5)(good).loss.item() == pytest.approx(-1.5 * worth)
+    assert _Own(clip=None)(good).loss.item() == pytest.approx(-2.7182818 * worth)
 
 
 def test_reports_minus_the_advantage_and_speaks_about_the_students_tokens_only():
@@ -158,7 +158,7 @@ def test_reports_minus_the_advantage_and_speaks_about_the_students_tokens_only()
     logprobs = torch.randn(3, 4).log_softmax(-1)
     evidence = see(logprobs, [0, 1, 2], author=torch.tensor([0, 1, 0]))
     for options in ({}, {"transform": TanhAdvantage()}, {"baseline": ExactBaseline()}, {"discount": 1.0}):
-        term = Own(**options)(evidence)
+        term = _Own(**options)(evidence)
         torch.testing.assert_close(term.value, -evidence.student.sampled)
         assert not term.value.requires_grad
         assert term.where.tolist() == [True, False, True]
@@ -170,7 +170,7 @@ def test_transform_applies_to_each_token_before_the_sum_and_foreign_tokens_add_n
     logprobs = 3 * torch.randn(7, 5, dtype=torch.float64).log_softmax(-1)
     evidence = see(logprobs, [0, 1, 2, 3, 4, 0, 1], author=torch.tensor([1, 0, 0, 2, 0, 0, 0]))
     evidence = replace(evidence, row=torch.tensor([0, 0, 0, 0, 0, 1, 1]), behaviour_logprobs=evidence.student.sampled)
-    found = -Own(transform=ClipAdvantage(2.0), discount=0.5)(evidence).loss
+    found = -_Own(transform=ClipAdvantage(2.0), discount=0.5)(evidence).loss
     a = evidence.student.sampled.clamp(-2, 2)
     expected = [a[1] + a[2] / 2 + a[4] / 8, a[2] + a[4] / 4, a[4], a[5] + a[6] / 2, a[6]]
     torch.testing.assert_close(found[[1, 2, 4, 5, 6]], torch.stack(expected))
@@ -195,9 +195,9 @@ def test_foreign_tokens_that_are_not_finite_spoil_nothing():
     ],
 )
 def test_what_it_has_to_see_follows_from_its_parts(options, support, positionwise):
-    term = Own(**options)
+    term = _Own(**options)
     assert (term.support, term.positionwise, term.needs_reference) == (support, positionwise, False)
-    assert (Own.support, Own.positionwise) == ("sampled", True)
+    assert (_Own.support, _Own.positionwise) == ("sampled", True)
 
 
 WRONG = {
@@ -321,4 +321,4 @@ def test_in_tiles_it_is_what_it_is_at_once(make, options, tile):
 
 def test_a_plug_in_needs_no_more_than_its_advantage():
     evidence = see(torch.randn(3, 4).log_softmax(-1), [0, 1, 2])
-    assert isinstance(Own()(evidence), TokenLoss)
+    assert isinstance(_Own()(evidence), TokenLoss)

@@ -72,7 +72,7 @@ def build(name):
     return BUILD.get(name, components("mixture")[name])()
 
 
-class Visiting(LocalTeacher):
+class _Visiting(LocalTeacher):
     """A teacher that notices if it is asked while it is not on the device, or taken from it too early."""
 
     def __init__(self, path):
@@ -150,7 +150,7 @@ def test_micro_batches_do_not_change_a_run_and_its_figures_are_finite(name, trai
 def test_run_is_the_same_with_a_teacher_that_rests_in_the_hosts_memory(name, train):
     update = UpdateOptions("token_mean")
     expected, _ = train(build(name), update=update)
-    found, _ = train(build(name), teacher=Visiting, update=update)
+    found, _ = train(build(name), teacher=_Visiting, update=update)
     for tensor, other in zip(weights(found).values(), weights(expected).values(), strict=True):
         torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-6)
     assert not found.readers.teacher.here
@@ -166,7 +166,7 @@ def test_run_is_the_same_with_a_teacher_that_rests_in_the_hosts_memory(name, tra
 )
 def test_teacher_that_writes_and_has_a_say_comes_once_for_each(make, train):
     """It must not leave between its own rows and the student's tokens."""
-    module, steps = train(make(), steps=2, teacher=Visiting)
+    module, steps = train(make(), steps=2, teacher=_Visiting)
     assert module.readers.teacher.visits == 4  # to write and to score, in two steps
     assert all(math.isfinite(step["train/loss"]) for step in steps)
 
@@ -211,11 +211,20 @@ class _Counting(Divergence):
 AUTHORS = [[1, 1, 0, 0, 0], [0, 0, 0], [2, 0], [1, 1, 1, 1], [2, 2, 2], [3, 3, 0, 0], [0]]
 
 
+def mean_of(author, aggregation):
+    """The mean of `_Counting` over the tokens of one author."""
+    counted = [[1.0 + place for place, who in enumerate(each) if who == author] for each in AUTHORS]
+    counted = [each for each in counted if each]
+    if aggregation == "token_mean":
+        return sum(chain(*counted)) / sum(map(len, counted))
+    return sum(sum(each) / len(each) for each in counted) / len(counted)
+
+
 @pytest.mark.parametrize("whole_rows", [False, True], ids=["tiles", "whole rows"])
 @pytest.mark.parametrize("max_tokens", [1, 12, 10**6])
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
 def test_means_of_rows_by_two_authors_count_each_token_once(aggregation, max_tokens, whole_rows):
-    """A row that somebody began is in both means, with the tokens of each."""
+    """A row that somebody began is in the means of both, with the tokens of each; every author has its own mean."""
     rows = [[5 + place for place in range(len(each))] for each in AUTHORS]
     authors = [Author(each[-1]) for each in AUTHORS]
     rollout = make_rollout(rows, authors=authors, token_authors=torch.tensor([*chain(*AUTHORS)]))
@@ -228,12 +237,8 @@ def test_means_of_rows_by_two_authors_count_each_token_once(aggregation, max_tok
     work = list(pieces(rollout, marks, objective, Cutting(max_tokens)))
     for piece, readings in zip(work, Readers(LocalTeacher("nowhere")).read(work, VOCABULARY), strict=True):
         tally.add(evaluate(piece, readings, shares, model, VOCABULARY))
-    for name, own in (("divergence", True), ("mixture", False)):
-        counted = [[1.0 + place for place, who in enumerate(each) if (who == 0) == own] for each in AUTHORS]
-        counted = [each for each in counted if each]
-        flat = [*chain(*counted)]
-        means = [sum(each) / len(each) for each in counted]
-        expected = sum(flat) / len(flat) if aggregation == "token_mean" else sum(means) / len(means)
+    for name, authors in (("divergence", [0]), ("mixture", [1, 2, 3])):
+        expected = sum(mean_of(author, aggregation) for author in authors)
         assert float(tally.losses[name]) == pytest.approx(expected, rel=1e-5)
         assert float(tally.values[name]) == pytest.approx(expected, rel=1e-5)
 

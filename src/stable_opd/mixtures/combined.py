@@ -13,8 +13,8 @@ class CombinedMixture(Mixture):
         sum over parts of the part's loss on the tokens of its authors
 
     At most one of them may begin the student's answers, and at most one may have a say in their tokens. The student's
-    rows are those of the part that plans the fewest, so a batch that `GKDMixture` gives to others is theirs. The rows
-    of all parts are one population with one mean: beside as many rows of another part's, a row counts half.
+    rows are those of the part that plans the fewest, so a batch that `GKDMixture` gives to others is theirs. Each
+    author has a mean of its own, so no part's weight depends on how many rows another has.
 
     Source: none of its own; the parts name theirs.
 

@@ -44,7 +44,7 @@ class PrefixHorizon(Weighting):
     def __init__(self, horizon: int = 100, schedule: Schedule | None = None) -> None:
         super().__init__()
         if horizon < 1:
-            raise ValueError(f"Expected a horizon of at least 1 token, but got {horizon}: nothing of an answer would count.")
+            raise ValueError(f"Expected a horizon of at least 1 token, but got {horizon}: nothing would count.")
         self.horizon = horizon
         self.schedule = schedule
 

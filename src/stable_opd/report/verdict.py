@@ -1,0 +1,252 @@
+"""What happened in a run: the signals that moved, and one sentence. Pure functions of the curves."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from stable_opd.report.changes import LASTING, QUIET, Array, Change, Effect, find_change, first_reaching, together
+from stable_opd.report.runs import Curves, Run
+
+Kind = Literal["stable", "inflating", "collapsed", "recovered", "too short to say"]
+
+#: Truncation above which a run has collapsed.
+COLLAPSED = 0.9
+#: Truncation or repetition above the quiet level by this much, or answers this many times longer, are inflation.
+MORE, LONGER = 0.1, 1.5
+#: Training steps at the end that say how a run ended.
+LAST = 10
+#: Training steps below which there is nothing to say.
+ENOUGH = QUIET + LAST
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Something to watch.
+
+    Attributes:
+        name: What it is called in a sentence.
+        verb: What it does when it changes.
+        column: Where it is logged.
+        effect: The smallest change that matters.
+        specific: Whether it speaks about loops and length. The others move in healthy runs too and are never the first
+            sign.
+        where: What to look at if that is not simply a column.
+    """
+
+    name: str
+    verb: str
+    column: str
+    effect: Effect
+    specific: bool = True
+    where: Callable[[Curves], Array] | None = None
+
+    def values(self, curves: Curves) -> Array:
+        """Return the measurements."""
+        return self.where(curves) if self.where else curves[self.column]
+
+
+#: In the order in which they are expected to move before a collapse.
+SIGNALS = (
+    Signal("the stop hazard", "fall", "train/stop_hazard", Effect("fall", relative=0.2)),
+    Signal("the share of repeated tokens", "rise", "train/repeated_share", Effect("rise", absolute=0.02)),
+    Signal(
+        "the mean advantage together with the length",
+        "rise",
+        "train/advantage_mean",
+        Effect("rise", absolute=4.0),
+        where=lambda curves: together(curves["train/advantage_mean"], curves["train/length_mean"]),
+    ),
+    Signal("the length", "rise", "train/length_mean", Effect("rise", relative=0.25)),
+    Signal("truncation", "rise", "train/truncation_rate", Effect("rise", absolute=0.1)),
+    Signal("repetition", "rise", "train/repetition_rate", Effect("rise", absolute=0.02)),
+    Signal("the log-ratio tail", "rise", "train/log_ratio_p99", Effect("rise", relative=0.5), specific=False),
+    Signal("the entropy", "rise", "train/entropy_student", Effect("rise", relative=0.5), specific=False),
+    Signal("the entropy", "fall", "train/entropy_student", Effect("fall", relative=0.5), specific=False),
+    Signal("the gradient norm", "rise", "train/grad_norm", Effect("rise", relative=1.0), specific=False),
+)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A signal that changed.
+
+    Attributes:
+        signal: Which.
+        change: When, and how far.
+    """
+
+    signal: Signal
+    change: Change
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a run.
+
+    Attributes:
+        kind: The class.
+        sentence: The class with its reasons.
+        signs: The signals that changed, by the step at which they began.
+        collapsed_at: Step at which truncation passed `COLLAPSED`, if it did.
+    """
+
+    kind: Kind
+    sentence: str
+    signs: Sequence[Sign] = ()
+    collapsed_at: int | None = None
+
+    @property
+    def first(self) -> Sign | None:
+        """The earliest change among the signals that speak about loops and length."""
+        return next((each for each in self.signs if each.signal.specific), None)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How a curve began and ended, and its largest mean over a few measurements.
+
+    Attributes:
+        quiet: Mean of the first measurements.
+        last: Mean of the last ones.
+        peak: Largest mean of a window of measurements; all three are nan if nothing was measured.
+    """
+
+    quiet: float
+    last: float
+    peak: float
+
+
+def levels(values: Array, quiet: int = QUIET, lasting: int = LASTING, last: int = LAST) -> Levels:
+    """Return how a curve began and ended, and how high it got; nan measurements do not count."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return Levels(np.nan, np.nan, np.nan)
+    width = min(lasting, len(values))
+    means = np.convolve(values, np.full(width, 1 / width), "valid")
+    return Levels(float(values[:quiet].mean()), float(values[-last:].mean()), float(means.max()))
+
+
+def find_signs(train: Curves) -> list[Sign]:
+    """Return the signals that changed, by the step at which they began."""
+    found = []
+    for signal in SIGNALS:
+        change = find_change(train.steps, signal.values(train), signal.effect)
+        if change:
+            found.append(Sign(signal, change))
+    return sorted(found, key=lambda sign: sign.change.start)
+
+
+def classify(truncation: Levels, length: Levels, repetition: Levels) -> Kind:
+    """Return the class of a run that is long enough.
+
+    Collapsed: truncation got above `COLLAPSED`. Inflating: at the end truncation or repetition is above its quiet level
+    by `MORE`, or the answers are `LONGER` times as long as in the beginning. Recovered: one of the two held on the way
+    and neither truncation, repetition nor length is up by as much at the end. Stable: none of it.
+    """
+
+    def up(quiet_to: Callable[[Levels], float]) -> bool:
+        more = any(quiet_to(each) - each.quiet >= MORE for each in (truncation, repetition))
+        return more or quiet_to(length) >= LONGER * length.quiet
+
+    ended_up = up(lambda each: each.last)
+    collapsed = truncation.peak > COLLAPSED
+    if collapsed and (ended_up or truncation.last > COLLAPSED):
+        return "collapsed"
+    if ended_up:
+        return "inflating"
+    return "recovered" if collapsed or up(lambda each: each.peak) else "stable"
+
+
+def judge(run: Run) -> Verdict:
+    """Return what became of a run, by its training rows; by its evaluations where the student wrote nothing in training."""
+    if not run.train.has("train/truncation_rate"):
+        return _by_evaluations(run)
+    measured = int(np.isfinite(run.train["train/truncation_rate"]).sum())
+    if measured < ENOUGH:
+        return Verdict(
+            "too short to say",
+            f"Too short to say: {measured} training steps were logged, and {ENOUGH} are the least that can be judged.",
+        )
+    train = run.train
+    truncation, length, repetition = (
+        levels(train[f"train/{name}"]) for name in ("truncation_rate", "length_mean", "repetition_rate")
+    )
+    kind = classify(truncation, length, repetition)
+    signs = find_signs(train)
+    reached = first_reaching(train.steps, train["train/truncation_rate"], COLLAPSED)
+    verdict = Verdict(kind, "", signs, reached)
+    reasons = {
+        "collapsed": _collapse,
+        "inflating": _inflation,
+        "recovered": _recovery,
+        "stable": _calm,
+    }[kind](verdict, truncation, length)
+    return Verdict(kind, f"{reasons}{_accuracy(run.validation)}.", signs, reached)
+
+
+def _collapse(verdict: Verdict, truncation: Levels, length: Levels) -> str:
+    if truncation.quiet > COLLAPSED:
+        return (
+            f"Collapsed from the start: truncation was {truncation.quiet:.2f} in the first {QUIET} steps, so the initial "
+            "student does not stop within the token budget"
+        )
+    return f"Collapsed: truncation passed {COLLAPSED:g} at step {verdict.collapsed_at}{_first(verdict)}"
+
+
+def _inflation(verdict: Verdict, truncation: Levels, length: Levels) -> str:
+    told = f"truncation went from {truncation.quiet:.2f} to {truncation.last:.2f}"
+    if np.isfinite(length.quiet):
+        told += f" and the mean length from {length.quiet:.0f} to {length.last:.0f} tokens"
+    return f"Inflating: {told}{_first(verdict)}"
+
+
+def _recovery(verdict: Verdict, truncation: Levels, length: Levels) -> str:
+    came = f"truncation came back to {truncation.last:.2f} after {truncation.peak:.2f}"
+    if truncation.peak - truncation.quiet < MORE:
+        came = f"the mean length came back to {length.last:.0f} tokens after {length.peak:.0f}"
+    return f"Recovered: {came}{_first(verdict)}"
+
+
+def _calm(verdict: Verdict, truncation: Levels, length: Levels) -> str:
+    told = f"truncation ended at {truncation.last:.2f} and never got above {truncation.peak:.2f} for {LASTING} steps"
+    if np.isfinite(length.quiet):
+        told += f", and the mean length went from {length.quiet:.0f} to {length.last:.0f} tokens"
+    return f"Stable: {told}"
+
+
+def _first(verdict: Verdict) -> str:
+    """Return the clause about the first sign; nothing if there was none or it came with the collapse itself."""
+    first = verdict.first
+    if first is None:
+        return ""
+    return f"; the first sign was {first.signal.name}, which began to {first.signal.verb} at step {first.change.start}"
+
+
+def _accuracy(validation: Curves) -> str:
+    """Return the clause about accuracy; nothing if it was not measured twice."""
+    values = validation["val/accuracy"]
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return ""
+    return f"; validation accuracy went from {values[0]:.2f} to {values[-1]:.2f}"
+
+
+def _by_evaluations(run: Run) -> Verdict:
+    """Judge a run in whose training the student wrote nothing: the first evaluation is the quiet phase."""
+    validation = run.validation
+    truncation, length, repetition = (
+        levels(validation[f"val/{name}"], 1, 1, 1) for name in ("truncation_rate", "length_mean", "repetition_rate")
+    )
+    measured = int(np.isfinite(validation["val/truncation_rate"]).sum())
+    if measured < 3:
+        return Verdict(
+            "too short to say",
+            f"Too short to say: the student's truncation was measured in no training step and in {measured} "
+            "evaluations, and 3 are the least that can be judged.",
+        )
+    kind = classify(truncation, length, repetition)
+    told = f"{kind.capitalize()}, by the evaluations alone: truncation went from {truncation.quiet:.2f} to "
+    told += f"{truncation.last:.2f}, with {truncation.peak:.2f} at the most"
+    return Verdict(kind, f"{told}{_accuracy(validation)}.")
