@@ -36,8 +36,15 @@ SETTINGS: dict[str, dict[str, str]] = {
     "PrefixMixture": {"prefix": "24"},
     "PrefixHorizon": {},
     "SpecialTokens": {"tokens": "[10]"},
-    "AgreementCut": {"window": "8", "warmup": "5", "samples": "256"},
+    "AgreementCut": {"window": "8", "warm_up": "5", "samples": "256"},
     "TopK": {"k": "5"},
+    # The vocabulary has 29 tokens, so the default of 32 would be all of them.
+    "TeacherTopK": {"k": "5"},
+    "TeacherTopKForwardKL": {"k": "5"},
+    "StudentTopK": {"k": "5"},
+    "TailBucketTopK": {"k": "5"},
+    "HeadTailKL": {"k": "3"},
+    "EntropyAware": {"k": "5"},
 }
 
 POLICIES = {

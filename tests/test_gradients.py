@@ -1,10 +1,12 @@
 """Norms and cosines of the terms' gradients, against gradients of plain losses on materialised logits."""
 
+import csv
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from helpers import EOS, TOKENIZER, Recorder, make_trainer, problems, save, tiny_model, weights
@@ -72,7 +74,7 @@ class Snapshots(Recorder):
 def fit(student_path, teacher_path, train_path):
     """Train for two steps on the same data, comparing every so many steps."""
 
-    def fit(every, micro_batch_tokens=16_384, student=student_path):
+    def fit(every, micro_batch_tokens=16_384, student=student_path, max_steps=2, **options):
         engine, recorder = _Keeping(), Snapshots()
         module = OPDModule(
             student,
@@ -89,7 +91,7 @@ def fit(student_path, teacher_path, train_path):
             ),
         )
         source = PromptDataModule(Source(train_path), batch_size=24)
-        make_trainer(recorder, max_steps=2).fit(module, datamodule=source)
+        make_trainer(recorder, max_steps=max_steps, **options).fit(module, datamodule=source)
         return recorder, engine
 
     return fit
@@ -152,5 +154,15 @@ def test_the_step_is_the_same_whether_terms_are_compared_or_not(micro_batch_toke
         for step in range(2):
             for name, value in runs[0].weights[step].items():
                 torch.testing.assert_close(run.weights[step][name], value, rtol=0, atol=0)
-    assert [run.compared for run in runs] == [[True, True], [False, False], [True, False]]
+    assert [run.compared for run in runs] == [[True, True], [False, False], [False, True]]
     assert [run.left for run in runs] == [[], [], []]
+
+
+@pytest.mark.filterwarnings("ignore:.*number of training batches")
+def test_what_is_compared_reaches_the_loggers(fit, tmp_path):
+    """Every second step is compared, and every second one is logged."""
+    fit(2, max_steps=4, logger=CSVLogger(tmp_path), log_every_n_steps=2)
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "3"]
+    assert all(float(row["train/gradient_norm/divergence"]) > 0 for row in rows)

@@ -114,7 +114,8 @@ def test_it_sees_what_the_loss_sees(mixed, teacher):
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         work, readings, objective = prepare(model, teacher, 12)
         seen = glance(work, readings, model, VOCABULARY, len(OWN))
-        shares, tally = objective.shares(ROLLOUT, total_of_one_process), Tally(["divergence", "mixture"], OWN.device)
+        shares = objective.shares(ROLLOUT, total_of_one_process)
+        tally = Tally(shares, OWN.device)
         for piece, reading in zip(work, readings, strict=True):
             tally.add(evaluate(piece, reading, shares, model, VOCABULARY))
     places = torch.cat([group.places for piece in work for group in piece.groups if group.on_policy])

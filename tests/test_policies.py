@@ -1,6 +1,7 @@
 """What is done with loops and with truncated rows, by the definition and in training."""
 
 import itertools
+import math
 from functools import partial
 from typing import get_args
 
@@ -24,6 +25,7 @@ from stable_opd import (
     Sampler,
     StudentOnly,
 )
+from stable_opd.controllers import Proportional
 from stable_opd.data import Source
 from stable_opd.objective import Objective
 from stable_opd.options import RolloutOptions, UpdateOptions
@@ -82,11 +84,13 @@ def test_weights_are_those_of_the_definition(loops, truncated, seed):
 
 @pytest.mark.parametrize("truncated", TRUNCATED)
 @pytest.mark.parametrize("seed", range(6))
-def test_only_truncated_rows_of_the_students_are_dropped(truncated, seed):
+def test_only_truncated_rows_that_the_student_wrote_are_dropped(truncated, seed):
+    """Now or in an earlier step."""
     rollout, _ = draw(seed)
     found = Policies(truncated=truncated).dropped(rollout).tolist()
     facts = zip(rollout.author.tolist(), rollout.finish.tolist(), strict=True)
-    assert found == [truncated == "drop" and a == Author.STUDENT and f != Finish.STOP for a, f in facts]
+    own = (Author.STUDENT, Author.PAST)
+    assert found == [truncated == "drop" and a in own and f != Finish.STOP for a, f in facts]
 
 
 def naive_means(losses, weights, own, rows, aggregation):
@@ -211,14 +215,16 @@ class _Flag(RepetitionDetector):
 def train(student_path, teacher_path, train_path):
     """Train a tiny model for two steps, and return its weights and what was logged."""
 
-    def train(policies, tokens=16_384, mixture=None, detector=None, sampler=None, aggregation="sequence_mean"):
+    def train(
+        policies, tokens=16_384, mixture=None, detector=None, sampler=None, aggregation="sequence_mean", anchor=None
+    ):
         module = OPDModule(
             student_path,
             LocalTeacher(teacher_path),
             ReverseKL(),
             mixture or StudentOnly(),
             detector or PeriodicSuffix(4, 3, 3),
-            {"anchor": ReferenceKL(0.1)},
+            {"anchor": anchor or ReferenceKL(0.1)},
             sampler=sampler,
             optimizer=partial(torch.optim.SGD, lr=0.1),
             rollout=RolloutOptions(samples_per_prompt=3, max_new_tokens=10),
@@ -275,6 +281,16 @@ def test_nothing_is_learnt_where_all_rows_are_dropped(aggregation, train):
     assert [step["train/loss"] for step in steps] == [0.0, 0.0]
     assert [step["train/grad_norm"] for step in steps] == [0.0, 0.0]
     assert difference(train(Policies(), sampler=_Endless(), aggregation=aggregation)[0], START) > 1e-3
+
+
+def test_controller_learns_nothing_from_a_step_without_tokens(train):
+    """A value of 0 would have it let go in every step of a collapse."""
+    anchor = ReferenceKL(0.1, controller=Proportional(target=0.05))
+    _, steps = train(Policies(truncated="drop"), sampler=_Endless(), anchor=anchor)
+    assert all(math.isnan(step["train/value/anchor"]) for step in steps)
+    assert anchor.controller.factor == 1
+    train(Policies(), sampler=_Endless(), anchor=anchor)
+    assert anchor.controller.factor != 1
 
 
 def test_golden_rows_are_learnt_beside_rows_that_are_all_dropped(train):

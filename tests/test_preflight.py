@@ -1,9 +1,13 @@
 import pytest
 
+from stable_opd.divergences import ReverseKL
 from stable_opd.mixtures import GoldenMixture, StudentOnly
+from stable_opd.objective import Objective
 from stable_opd.policies import Policies
 from stable_opd.preflight import check_context, check_golden, check_parts, check_term_names
+from stable_opd.references import InitialStudent, MovingAverage
 from stable_opd.samplers import MinP, Temperature, TopK, TopP
+from stable_opd.weightings import TokenSelection
 
 
 @pytest.mark.parametrize(("prompt", "golden", "budget"), [(10, 0, 90), (10, 90, 1), (99, 1, 1)])
@@ -52,11 +56,29 @@ def test_missing_golden_solutions_are_counted():
         check_golden("GoldenMixture", 7, 10)
 
 
+def check(mixture, policies, sampler=None, divergence=None, weightings=(), reference=None):
+    objective = Objective({"divergence": divergence or ReverseKL()}, {"mixture": mixture})
+    check_parts(objective, mixture, policies, weightings, reference or InitialStudent(), sampler or Temperature())
+
+
+def test_weighting_that_compares_with_a_teacher_who_is_not_asked_is_refused():
+    blind = ReverseKL()
+    blind.needs_teacher = False
+    with pytest.raises(ValueError, match=r"asks the teacher, because TokenSelection compares"):
+        check(StudentOnly(), Policies(), divergence=blind, weightings=[TokenSelection()])
+    check(StudentOnly(), Policies(), weightings=[TokenSelection()])
+
+
+def test_moving_reference_that_nobody_looks_at_is_refused():
+    with pytest.raises(ValueError, match=r"model\.reference is MovingAverage, but got none\. Add .*ReferenceKL"):
+        check(StudentOnly(), Policies(), reference=MovingAverage())
+
+
 def test_golden_rows_that_nobody_learns_from_are_refused():
     with pytest.raises(ValueError, match=r"loops is golden, but got StudentOnly.*Use GoldenMixture, or choose .* mask"):
-        check_parts(StudentOnly(), Policies(loops="golden"), Temperature())
-    check_parts(GoldenMixture(), Policies(loops="golden"), Temperature())
-    check_parts(StudentOnly(), Policies(loops="mask"), Temperature())
+        check(StudentOnly(), Policies(loops="golden"), Temperature())
+    check(GoldenMixture(), Policies(loops="golden"), Temperature())
+    check(StudentOnly(), Policies(loops="mask"), Temperature())
 
 
 @pytest.mark.parametrize(
@@ -64,10 +86,10 @@ def test_golden_rows_that_nobody_learns_from_are_refused():
 )
 def test_a_sampler_that_is_not_the_student_is_warned_of(sampler):
     with pytest.warns(UserWarning, match=rf"{type(sampler).__name__} does not draw from the student's own"):
-        check_parts(StudentOnly(), Policies(), sampler)
+        check(StudentOnly(), Policies(), sampler)
 
 
 @pytest.mark.parametrize("sampler", [Temperature(), TopP(1.0), MinP(0.0)], ids=lambda each: type(each).__name__)
 def test_a_sampler_that_is_the_student_is_not(sampler, recwarn):
-    check_parts(StudentOnly(), Policies(), sampler)
+    check(StudentOnly(), Policies(), sampler)
     assert not recwarn.list

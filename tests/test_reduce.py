@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from helpers import total_of_one_process
-from stable_opd.reduce import token_shares
+from stable_opd.reduce import numerators
 
 LENGTHS = torch.tensor([3, 0, 1, 4])
 LOSSES = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0])
@@ -11,7 +11,8 @@ LOSSES = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0])
 def shares(aggregation, total=total_of_one_process, weights=None, lengths=LENGTHS):
     rows = torch.arange(len(lengths)).repeat_interleave(lengths)
     weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else torch.tensor(weights)
-    return token_shares(rows, len(lengths), weights, aggregation, total)
+    found, count = numerators(rows, len(lengths), weights, aggregation)
+    return found / total(count).clamp(min=1)
 
 
 def mean(aggregation, total=total_of_one_process, weights=None):

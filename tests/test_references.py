@@ -93,7 +93,8 @@ def test_update_leaves_no_graph_and_no_link_to_the_student(reference):
 def test_average_in_a_precision_that_would_lose_it_is_refused(dtype):
     student, anchor = nn.Linear(2, 2), nn.Linear(2, 2).to(dtype)
     with pytest.raises(ValueError, match=r"round its moves away.*PeriodicReset"):
-        MovingAverage().update(anchor, student, 1)
+        MovingAverage().check(dtype)
+    PeriodicReset(1).check(dtype)
     PeriodicReset(1).update(anchor, student, 1)
     torch.testing.assert_close(anchor.weight, student.weight.to(dtype))
 
@@ -225,15 +226,17 @@ def test_state_of_controller_and_schedule_has_moved(run):
 
 def test_weights_are_pulled_in_a_training(run):
     """With a weight that dwarfs the other terms, the value is logged and the student stays near where it was."""
+    factors = {"free": 0.0, "held": 5.0}
     clipped = {
         name: run(InitialStudent(), constraints={"w": InitialWeights(weight)}, gradient_clip=1e9)
-        for name, weight in {"free": 0.0, "held": 5.0}.items()
+        for name, weight in factors.items()
     }
     start = flat(tiny_model(1))
     distance = {name: (flat(module.model) - start).norm().item() for name, (module, _) in clipped.items()}
     assert distance["held"] < 0.7 * distance["free"]
-    for _, snapshots in clipped.values():
+    for name, (_, snapshots) in clipped.items():
         values = [step["train/value/w"] for step in snapshots.steps]
         gaps = [0.0, *((state - start).square().sum().item() / 2 for state in snapshots.students[:-1])]
         assert values == pytest.approx(gaps, rel=1e-4)
-        assert all(step["train/loss/w"] == 0 for step in snapshots.steps)
+        weight = factors[name]
+        assert [step["train/loss/w"] for step in snapshots.steps] == pytest.approx([weight * gap for gap in gaps])

@@ -59,7 +59,7 @@ def test_onset_where_nothing_repeats():
 
 def tally_of(advantage, in_loop):
     """What the micro-batches would leave behind, where each position stands for itself."""
-    tally, count = Tally(["a"], CPU), len(advantage)
+    tally, count = Tally({"a": torch.ones(1)}, CPU), len(advantage)
     figures = {"student": torch.zeros(count), "teacher": advantage, "in_loop": in_loop}
     figures |= dict.fromkeys(("own", "stopped"), torch.ones(count, dtype=torch.bool))
     figures |= {name: advantage.abs() for name in ("stop_student", "stop_teacher", "entropy_student", "kl", "overlap")}
@@ -75,7 +75,11 @@ def facts(role):
         rollout, marks = marked_rollout()
         return rollout, marks, tally_of(torch.linspace(-3, 1, 30), torch.arange(30) % 3 == 0)
     rollout = make_rollout([[1, 2], [3]], authors=[G, G])
-    return rollout, Repetition(torch.ones(3, dtype=torch.bool), torch.ones(2, dtype=torch.bool)), Tally(["a"], CPU)
+    return (
+        rollout,
+        Repetition(torch.ones(3, dtype=torch.bool), torch.ones(2, dtype=torch.bool)),
+        Tally({"a": torch.ones(1)}, CPU),
+    )
 
 
 def measure(report, role, total):
@@ -146,7 +150,8 @@ def test_figures_of_a_step_by_hand():
 def test_rows_without_a_teacher_are_measured_all_the_same():
     report = StepReport(BUDGET)
     rollout, marks = marked_rollout()
-    report.measure(rollout, marks, Tally(["a"], CPU), {}, {"rollout": 1.0}, total_of_one_process)
+    tally = Tally({"a": torch.ones(1)}, CPU, expected=False)
+    report.measure(rollout, marks, tally, {}, {"rollout": 1.0}, total_of_one_process)
     figures = report.numbers()
     assert figures["train/length_mean"] == 6
     assert torch.tensor(figures["train/log_ratio_p99"]).isnan()

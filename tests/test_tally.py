@@ -29,7 +29,7 @@ def put(tally, **figures):
 
 def of_four_positions():
     """Two positions that the whole vocabulary is looked at, and four in all."""
-    tally = Tally(["a"], CPU)
+    tally = Tally({"a": torch.ones(1)}, CPU)
     put(tally, student=[-1.0, -2, -3, -4], teacher=[-2.0, -2, -1, -9], own=[True, True, True, False])
     put(tally, in_loop=[False, True, False, True], stopped=[False, True, True, False])
     put(tally, stop_student=[0.1, 0.5, 0.9, 0.7], stop_teacher=[0.2, 0.3, 0.5, 0.9])
@@ -124,7 +124,7 @@ def processes(*tallies):
 
 
 def test_a_process_without_the_students_tokens_reports_what_the_others_do():
-    tally, empty = of_four_positions(), Tally(["a"], CPU)
+    tally, empty = of_four_positions(), Tally({"a": torch.ones(1)}, CPU)
     alone = tally.reduced(total_of_one_process) | tally.compared(total_of_one_process, BUDGET)
     for found in processes(tally, empty):
         assert list(found) == list(alone)
@@ -133,7 +133,7 @@ def test_a_process_without_the_students_tokens_reports_what_the_others_do():
 
 
 def test_means_are_those_over_all_processes_and_not_means_of_means():
-    other = Tally(["a"], CPU)
+    other = Tally({"a": torch.ones(1)}, CPU)
     put(other, student=[-7.0], teacher=[-8.0], own=[True], in_loop=[False], stopped=[True])
     put(other, stop_student=[0.1], stop_teacher=[1.0], entropy_student=[1.0], entropy_teacher=[0.0], kl=[2.0])
     put(other, overlap=[1.0], overlap_advantage=[-1.0], position=[7], stands_for=[3.0], overlapping=[3.0])
@@ -146,7 +146,7 @@ def test_means_are_those_over_all_processes_and_not_means_of_means():
 
 
 def test_without_a_teacher_there_is_nothing_to_compare():
-    tally = Tally(["a"], CPU)
+    tally = Tally({"a": torch.ones(1)}, CPU, expected=False)
     assert tally.compared(total_of_one_process, BUDGET) == {}
     assert tally.reduced(total_of_one_process).keys() == {"loss", "loss/a", "value/a"}
     nothing = tally.of_students()
@@ -168,7 +168,7 @@ def tally_of(teacher, max_tokens):
     work = list(pieces(rollout, marks, objective, Cutting(max_tokens, stop=STOP)))
     shares, tally, model = (
         objective.shares(rollout, total_of_one_process),
-        Tally(list(objective.terms), CPU),
+        Tally(objective.shares(rollout, total_of_one_process), CPU),
         tiny_model(1),
     )
     for piece, readings in zip(work, Readers(teacher).read(work, VOCABULARY), strict=True):
@@ -235,3 +235,31 @@ def test_evenly_spaced_positions_give_the_figures_on_average(teacher, monkeypatc
     assert strides == {3, 1}
     torch.testing.assert_close(torch.stack(sums).mean(0), expected, rtol=1e-4, atol=1e-5)
     assert math.isfinite(expected.sum())
+
+
+def test_process_without_tokens_has_the_names_of_those_that_have_some():
+    """Else one step of a schedule that waits for a figure would not find it."""
+    tally = Tally({"a": torch.zeros(2)}, CPU)
+    assert (
+        tally.compared(total_of_one_process, BUDGET).keys()
+        == of_four_positions().compared(total_of_one_process, BUDGET).keys()
+    )
+    assert tally.reduced(total_of_one_process)["overlap"].isnan()
+
+
+def test_value_is_a_mean_whatever_the_weights_are_and_nan_over_no_token():
+    tally = Tally({"a": torch.tensor([0.5, 1.5]), "b": torch.zeros(2)}, CPU)
+    tally.values["a"] = torch.tensor(0.5 * 3.0 + 1.5 * 5.0)
+    found = tally.reduced(total_of_one_process)
+    assert found["value/a"].item() == pytest.approx((0.5 * 3 + 1.5 * 5) / 2)
+    assert found["value/b"].isnan()
+
+
+def test_penalties_belong_to_the_loss():
+    tally = Tally({"a": torch.ones(1), "w": torch.ones(1)}, CPU)
+    tally.losses["a"] = torch.tensor(2.0)
+    found = tally.reduced(
+        total_of_one_process, {"loss/w": torch.tensor(0.5), "value/w": torch.tensor(5.0), "grad_norm": 1}
+    )
+    assert [found[name].item() for name in ("loss", "loss/w", "value/w")] == [2.5, 0.5, 5.0]
+    assert found["grad_norm"] == 1

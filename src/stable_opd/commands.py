@@ -1,4 +1,4 @@
-"""The commands that are not the trainer's: `list`, `calibrate` and `testbed`."""
+"""The commands that are not the trainer's: `list`, `calibrate`, `testbed` and `report`."""
 
 import argparse
 import inspect
@@ -86,10 +86,26 @@ def testbed(args: Sequence[str]) -> None:
     build(parser.parse_args(args).out)
 
 
+def report(args: Sequence[str]) -> None:
+    """Say what became of runs, in one page with plots."""
+    from stable_opd.report import command
+
+    command.report(args)
+
+
+def bench(args: Sequence[str]) -> None:
+    """Compare combinations of components, as a spec names them."""
+    from stable_opd.bench import command
+
+    command.bench(args)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "list": list_components,
     "calibrate": calibrate,
     "testbed": testbed,
+    "report": report,
+    "bench": bench,
 }
 
 

@@ -53,11 +53,15 @@ def records(
 
 def repeated_from(rollout: Rollout, repetition: Repetition, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
     """Return how many characters of each answer stand before its first repeated token; None if it has none."""
-    lengths = rollout.lengths.tolist()
+    tokens, marks = rollout.completion.tolist(), repetition.in_loop.tolist()
     found: list[int | None] = []
-    for tokens, marks in zip(rollout.completion.split(lengths), repetition.in_loop.split(lengths), strict=True):
-        before = tokens[: int(marks.int().argmax())].tolist() if bool(marks.any()) else None
-        found.append(None if before is None else len(tokenizer.decode(before, skip_special_tokens=True)))
+    start = 0
+    for length in rollout.lengths.tolist():
+        end = start + length
+        first = next((place for place in range(start, end) if marks[place]), None)
+        before = None if first is None else tokenizer.decode(tokens[start:first], skip_special_tokens=True)
+        found.append(None if before is None else len(before))
+        start = end
     return found
 
 

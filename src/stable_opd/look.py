@@ -42,7 +42,8 @@ class Look:
         repetition: What the detector said of them.
         progress: Share of the training that is over, from 0 to 1.
         own: The tokens that the student wrote, (N,) bool; weights of the others do not matter.
-        gather: Puts the values of all processes one after the other, (n,) -> (m,).
+        gather: Puts the values of all processes one after the other, (n,) -> (m,). Every process has to call it equally
+            often, also one that has no token.
         glance: What the models say, for weightings that declare ``needs_scores``.
     """
 
@@ -87,7 +88,7 @@ def glance(
     Raises:
         ValueError: If the teacher did not read what the student wrote.
     """
-    found = torch.zeros(4, count, device=student.device)
+    found = torch.zeros(4, count, dtype=torch.float32, device=student.device)  # whatever the default is
     head, learning = _head(student, vocabulary), student.training
     student.eval()
     for piece, answers in zip(work, readings, strict=True):
@@ -109,7 +110,7 @@ def _seen(group: Group, reading: Reading, ours: HiddenStates) -> Tensor:
             "Expected a divergence that asks the teacher, because a weighting compares the student with it, but got "
             "none. Choose one that declares needs_teacher = True, or leave the weighting out."
         )
-    found = torch.zeros(4, len(group.places), device=ours.states.device)
+    found = torch.zeros(4, len(group.places), dtype=torch.float32, device=ours.states.device)
     # As in the loss: precision is decided by the dtypes that arrive.
     with torch.autocast(ours.states.device.type, enabled=False):
         for tile in tiles(part_of(group, reading, {}), ours):

@@ -3,20 +3,15 @@
 It coordinates the components and never asks which one it holds.
 """
 
-from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torchmetrics.utilities.distributed import gather_all_tensors
+from torch import nn
 from transformers import PreTrainedModel
 
 from stable_opd.constraints import Constraint
@@ -25,19 +20,16 @@ from stable_opd.divergences import Divergence
 from stable_opd.engines import InProcessEngine, RolloutEngine
 from stable_opd.engines.base import Blend
 from stable_opd.evaluation import Evaluation, grades, records
-from stable_opd.gradients import compare_gradients
-from stable_opd.look import Look, glance
+from stable_opd.learning import Learner, Moment
 from stable_opd.memory import MemoryPlan, plan_memory
 from stable_opd.mixtures import Mixture
 from stable_opd.mixtures.student import student_rows
 from stable_opd.models import context_length, frozen_copy, load_model, load_tokenizer, stop_ids
-from stable_opd.objective import Cutting, Objective, Piece, Reading, evaluate
-from stable_opd.objective import pieces as cut
-from stable_opd.offload import move_state
+from stable_opd.objective import Objective
 from stable_opd.options import RolloutOptions, UpdateOptions
-from stable_opd.packing import packs
 from stable_opd.policies import Policies
 from stable_opd.preflight import check_context, check_golden, check_parts, check_term_names
+from stable_opd.processes import Processes
 from stable_opd.randomness import global_seed
 from stable_opd.readers import Readers
 from stable_opd.references import InitialStudent, Reference
@@ -45,21 +37,12 @@ from stable_opd.repetition import RepetitionDetector
 from stable_opd.reporting import StepReport
 from stable_opd.rollouts import Writers
 from stable_opd.samplers import Sampler, Temperature
-from stable_opd.schedules import Schedule
 from stable_opd.stopwatch import Stopwatch
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
 from stable_opd.terms import LossTerm
-from stable_opd.types import Author, Plan, Prompts, Repetition, Rollout
+from stable_opd.types import Author, Plan, Prompts, Rollout
 from stable_opd.weightings import Weighting
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """The micro-batches of a step, and what the models that do not learn say of each."""
-
-    pieces: list[Piece]
-    readings: Iterable[list[Reading]]
 
 
 class OPDModule(LightningModule):
@@ -149,7 +132,8 @@ class OPDModule(LightningModule):
             self.stop = stop_ids(self.student, self.tokenizer)
         contexts = {"student": context_length(self.student)}
         if stage == "fit":
-            check_parts(self.mixture, self.policies, self.sampler)
+            weightings = cast(list[Weighting], list(self.weighting.values()))
+            check_parts(self.objective, self.mixture, self.policies, weightings, self.reference, self.sampler)
             needed = any(term.needs_reference or term.keeps_reference for term in self.objective.terms.values())
             if needed and self.readers.reference is None:
                 # Before a checkpoint is restored: the reference is the initial student.
@@ -158,12 +142,23 @@ class OPDModule(LightningModule):
             if self.mixture.needs_writing_teacher or self.mixture.blends:
                 _ = self.readers.teacher.language_model  # refuses if it cannot write
             contexts["teacher"] = self.readers.teacher.context_length
+            self.learner = Learner(
+                self.student,
+                self.objective,
+                self.readers,
+                self.policies,
+                weightings,
+                self.reference,
+                self.update_options,
+                self.stop,
+                len(self.tokenizer),
+            )
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PromptDataModule):
-            golden = stage == "fit" and (self.mixture.needs_golden or self.policies.loops == "golden")
-            if golden:
+            needed = stage == "fit" and self.mixture.needs_golden
+            if needed:
                 check_golden(type(self.mixture).__name__, *data.golden_count)
-            longest = data.longest_golden if golden else 0
+            longest = data.longest_golden if needed or (stage == "fit" and self.policies.needs_golden) else 0
             check_context(contexts, data.longest_prompt, longest, self.rollout_options.max_new_tokens)
 
     def on_fit_start(self) -> None:
@@ -175,6 +170,7 @@ class OPDModule(LightningModule):
             )
         self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
         self.readers.move(self.device, self.model.dtype)
+        self.reference.check(self.model.dtype)
         if self.device.type == "cuda" and self.trainer.world_size == 1:  # sharded models need less than the plan says
             plan = self.memory_plan()
             rank_zero_info(str(plan))
@@ -232,91 +228,18 @@ class OPDModule(LightningModule):
             found = self.repetition(written)
             rollout, repetition = self.policies.replace(written, found, batch, self.stop)
         self.model.train()
+        moment, processes = Moment(self.progress, self.global_step), Processes(self.trainer)
         with watch("score"):
-            work, shares = self._arrange(rollout, repetition)
-        tally = Tally([*self.objective.terms], self.device)
-        comparison = self._compare(work, shares)
-        self._backward(work, shares, tally, watch)
+            work = self.learner.arrange(rollout, repetition, moment, processes)
+        tally = Tally(work.shares, self.device, self.learner.compares_models and Author.STUDENT in plan.author)
+        comparison = self.learner.compare(work, self.manual_backward, processes, moment)
+        self.learner.learn(work, tally, watch, self.manual_backward, processes)
         with watch("update"):
-            scalars = self._step()
-        scalars = tally.reduced(self._total) | comparison | scalars
-        self.report.measure(written, found, tally, scalars, watch.seconds, self._total)
-        for name, constraint in self._constraints().items():
-            if "train/truncation_rate" in self.report.figures:  # else the student wrote nothing, anywhere
-                constraint.adapt(scalars[f"value/{name}"])
+            penalties = self.learner.update(self.optimizers(), self.lr_schedulers(), moment)
+        scalars = tally.reduced(processes.total, penalties) | comparison
+        self.report.measure(written, found, tally, scalars, watch.seconds, processes.total)
         self.report.show(self.trainer)
-        for schedule in self._observers():
-            schedule.observe(self.report.numbers())
-
-    def _arrange(self, rollout: Rollout, repetition: Repetition) -> tuple["_Work", dict[str, Tensor]]:
-        """Cut the rollout into micro-batches, let the others read them, and spread the denominators."""
-        options, vocabulary = self.update_options, len(self.tokenizer)
-        kept = ~self.policies.dropped(rollout)
-        rows = (kept & (rollout.lengths > 0)).nonzero().squeeze(1)
-        if len(rows) == 0:  # one row, though it has no share: processes wait for each other in the backward pass
-            rows = rollout.lengths.argmax()[None]
-        cutting = Cutting(options.micro_batch_tokens, not packs(self.model), self.progress, tuple(self.stop))
-        pieces = list(cut(rollout, repetition, self.objective, cutting, rows))
-        readings: Iterable[list[Reading]] = self.readers.read(pieces, vocabulary)
-        weights = self.policies.weights(rollout, repetition)
-        if self.weighting:
-            if any(each.needs_scores for each in self.weighting.values()):
-                readings = list(readings)
-                seen = glance(pieces, readings, self.model, vocabulary, len(rollout.row))
-            else:
-                seen = None
-            own = (rollout.token_author == Author.STUDENT) & kept[rollout.row]
-            look = Look(rollout, repetition, self.progress, own, self._gather, seen)
-            for weighting in self.weighting.values():
-                weights = weighting(look) if weights is None else weights * weighting(look)
-        if self.update_options.compare_gradients_every:
-            readings = list(readings)
-        return _Work(pieces, readings), self.objective.shares(rollout, self._total, kept, weights)
-
-    def _backward(self, work: "_Work", shares: Mapping[str, Tensor], tally: Tally, watch: Stopwatch) -> None:
-        """Evaluate the terms that have shares, micro-batch by micro-batch, and add up their gradients."""
-        readings = iter(work.readings)
-        for number, piece in enumerate(work.pieces):
-            with nullcontext() if number + 1 == len(work.pieces) else self._no_sync():
-                with watch("score"):
-                    result = evaluate(piece, next(readings), shares, self.model, len(self.tokenizer))
-                    tally.add(result)
-                with watch("update"):
-                    # Strategies average gradients over processes; the shares already sum to one over all of them.
-                    self.manual_backward(result.loss * self.trainer.world_size)
-
-    def _compare(self, work: "_Work", shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return norms and cosines of the terms' gradients, in the steps in which that was asked for."""
-        every = self.update_options.compare_gradients_every
-        if every == 0 or self.global_step % every:
-            return {}
-
-        def gradient(name: str) -> None:
-            tally = Tally([name], self.device)
-            self._backward(work, {name: shares[name]}, tally, Stopwatch(self.device))
-
-        return compare_gradients(list(shares), gradient, list(self.model.parameters()))
-
-    def _step(self) -> dict[str, Any]:
-        """Take the optimizer step, and return the norm of the gradient before clipping and the penalties on weights."""
-        scalars: dict[str, Any] = {}
-        for name, constraint in self._constraints().items():
-            penalty = constraint.pull(self.model, self.readers.reference, self.progress)
-            scalars |= {} if penalty is None else {f"value/{name}": penalty}
-        scalars["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.update_options.gradient_clip)
-        optimizer, scheduler = cast(LightningOptimizer, self.optimizers()), self.lr_schedulers()
-        resting = "optimizer" in self.update_options.offload
-        if resting:
-            move_state(optimizer.optimizer, self.device)
-        optimizer.step()
-        optimizer.zero_grad()
-        if resting:
-            move_state(optimizer.optimizer, torch.device("cpu"))
-        if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr]
-        if self.readers.reference is not None:
-            self.reference.update(self.readers.reference, self.model, self.global_step)
-        return scalars
+        self.learner.adapt(scalars, self.report.numbers)
 
     def on_train_batch_end(self, outputs: Any, batch: Prompts, batch_idx: int) -> None:
         """Log the step, if it is one to log or the last."""
@@ -332,9 +255,19 @@ class OPDModule(LightningModule):
             checkpoint["reference"] = self.readers.reference.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the reference of a checkpoint."""
-        if "reference" in checkpoint and self.readers.reference is not None:
-            self.readers.reference.load_state_dict(checkpoint["reference"])
+        """Go on with the reference of a checkpoint, if it is one that moves.
+
+        Raises:
+            ValueError: If the checkpoint has none.
+        """
+        if not self.reference.moves or self.readers.reference is None:
+            return
+        if "reference" not in checkpoint:
+            raise ValueError(
+                f"Expected a checkpoint with a reference, because model.reference is {type(self.reference).__name__}, "
+                "but got one of a run whose reference did not move. Resume with the reference of that run."
+            )
+        self.readers.reference.load_state_dict(checkpoint["reference"])
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
         """Answer the prompts, greedily and at a temperature, and measure them; return the greedy ``answers``."""
@@ -370,21 +303,3 @@ class OPDModule(LightningModule):
 
     def _constraints(self) -> dict[str, Constraint]:
         return {name: cast(Constraint, each) for name, each in self.constraints.items()}
-
-    def _observers(self) -> list[Schedule]:
-        return [
-            each for each in self.modules() if isinstance(each, Schedule) and type(each).observe is not Schedule.observe
-        ]
-
-    def _gather(self, values: Tensor) -> Tensor:
-        """Put the values of all processes one after the other."""
-        return torch.cat(gather_all_tensors(values)) if self.trainer.world_size > 1 else values
-
-    def _total(self, local: Tensor) -> Tensor:
-        """Add up over all processes."""
-        total: Tensor = self.trainer.strategy.reduce(local, reduce_op="sum")
-        return total
-
-    def _no_sync(self) -> Any:
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stable_opd.models import output_head
-from stable_opd.reduce import Aggregation, token_shares
+from stable_opd.reduce import Aggregation, numerators
 from stable_opd.scoring import HiddenStates, body, micro_batches
 from stable_opd.streaming import Part, StreamedLoss, streamed_loss
 from stable_opd.terms import LossTerm
@@ -59,14 +59,14 @@ class Objective:
         read = torch.ones_like(students) if kept is None else kept[rollout.row]
         own = students & read
 
-        def spread(mask: Tensor) -> Tensor:
-            return token_shares(rollout.row, len(rollout), mask, self.aggregation, total)
-
-        plain = spread(own)
-        others = torch.stack([spread(read & (rollout.token_author == author)) for author in OTHERS]).sum(0)
-        weighted = plain if weights is None else spread(own * weights)
+        masks = [own, *(read & (rollout.token_author == author) for author in OTHERS)]
+        masks += [] if weights is None else [own * weights]
+        found = [numerators(rollout.row, len(rollout), each, self.aggregation) for each in masks]
+        counts = total(torch.stack([count for _, count in found])).clamp(min=1)
+        plain, *others = (each / count for (each, _), count in zip(found, counts, strict=True))
+        weighted = plain if weights is None else others.pop()
         shares = {name: weighted if term.weighted else plain for name, term in self.own.items()}
-        return shares | dict.fromkeys(self.other, others)
+        return shares | dict.fromkeys(self.other, torch.stack(others).sum(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,24 +141,22 @@ def pieces(
         repetition: What the detector said of it.
         objective: The terms.
         cutting: How to cut.
-        rows: Numbers of the rows to learn from; none means all. Those without tokens are left out in any case.
+        rows: Numbers of the rows to learn from, each with a token at least; none means all that have one.
     """
-    rows = torch.arange(len(rollout), device=rollout.lengths.device) if rows is None else rows
-    rows = rows[rollout.lengths[rows] > 0]
-    students = rollout.token_author == Author.STUDENT
-    counts = torch.zeros_like(rollout.lengths).index_add_(0, rollout.row, students.long())
-    whole, none = counts == rollout.lengths, counts == 0
-    populations = [
-        (whole & ~none, objective.own, True),
-        (none, objective.other, False),
-        (~whole & ~none, objective.terms, True),
-    ]
+    if rows is None:
+        rows = (rollout.lengths > 0).nonzero().squeeze(1)
+    students = (rollout.token_author == Author.STUDENT).long()
+    counts = torch.zeros_like(rollout.lengths).index_add_(0, rollout.row, students)
+    # Rows of the student's, of others, and those that somebody else began.
+    kinds = torch.where(counts == 0, 1, torch.where(counts == rollout.lengths, 0, 2)).tolist()
+    populations = [(objective.own, True), (objective.other, False), (objective.terms, True)]
     for batch in micro_batches(rollout, rows, cutting.max_tokens, cutting.padded):
-        ordered, groups = [], []
-        for belongs, terms, on_policy in populations:
-            some = batch[belongs[batch]]
-            if len(some) == 0:
+        ordered, groups, numbers = [], [], batch.tolist()
+        for kind, (terms, on_policy) in enumerate(populations):
+            mine = [number for number in numbers if kinds[number] == kind]
+            if not mine:
                 continue
+            some = batch if len(mine) == len(numbers) else torch.tensor(mine, device=batch.device)
             part, places = rollout.select(some), rollout.places(some)
             evidence = Evidence(
                 tokens=part.completion,
@@ -175,13 +173,14 @@ def pieces(
         yield Piece(groups[0].rollout if len(groups) == 1 else rollout.select(torch.cat(ordered)), groups)
 
 
-def part_of(group: Group, reading: Reading, shares: Mapping[str, Tensor]) -> Part:
+def part_of(group: Group, reading: Reading, shares: Mapping[str, Tensor], diagnose: bool = True) -> Part:
     """Return what is asked of a group's positions.
 
     Args:
         group: The rows.
         reading: What the models that do not learn say of them.
         shares: Share of each token of the whole rollout, (N,), by the names of the terms; only these are asked.
+        diagnose: Whether to compare student and teacher on the way, where the student wrote.
     """
     terms = {name: term for name, term in group.terms.items() if name in shares}
     return Part(
@@ -190,7 +189,7 @@ def part_of(group: Group, reading: Reading, shares: Mapping[str, Tensor]) -> Par
         {name: shares[name][group.places] for name in terms},
         reading.teacher,
         reading.reference,
-        diagnose=group.on_policy and reading.teacher is not None,
+        diagnose=diagnose and group.on_policy and reading.teacher is not None,
     )
 
 
@@ -200,6 +199,7 @@ def evaluate(
     shares: Mapping[str, Tensor],
     student: PreTrainedModel,
     vocabulary: int,
+    diagnose: bool = True,
 ) -> StreamedLoss:
     """Let the student read a micro-batch and evaluate the terms.
 
@@ -209,6 +209,7 @@ def evaluate(
         shares: As for `part_of`.
         student: The model that learns.
         vocabulary: Size of the shared vocabulary.
+        diagnose: As for `part_of`.
     """
-    parts = [part_of(group, reading, shares) for group, reading in zip(piece.groups, readings, strict=True)]
+    parts = [part_of(group, reading, shares, diagnose) for group, reading in zip(piece.groups, readings, strict=True)]
     return streamed_loss(HiddenStates(body(student, piece.rollout), output_head(student, vocabulary)), parts)

@@ -42,7 +42,8 @@ class UpdateOptions:
         offload: What rests in the host's memory while it is not in use: ``optimizer``, ``reference``. It makes room on
             a GPU for the phases that do without, and costs the time of moving it twice in every step.
         compare_gradients_every: Steps between two comparisons of the terms' gradients: norm of each, and cosine of each
-            pair. It takes a backward pass for each term; 0 never compares.
+            pair. It takes a backward pass for each term; 0 never compares. The loggers get those of the steps that are
+            logged (`trainer.log_every_n_steps`).
     """
 
     aggregation: Aggregation = "sequence_mean"

@@ -19,7 +19,8 @@ class Policies:
 
     Masks and smaller weights apply to the divergence; the constraints speak about all tokens. Whatever is masked is in
     no denominator, and a smaller weight leaves the denominator as it is. Where both policies lower the weight of a
-    token, the two are multiplied. What is logged about the rollouts is that of the rows as they were written.
+    token, the two are multiplied. Rows of earlier steps that were cut can be dropped; the other policies leave them
+    alone. What is logged about the rollouts is that of the rows as they were written.
 
     Args:
         loops: ``keep`` them; ``mask`` the repeated tokens; ``down_weight`` them; or let the ``golden`` solution of the
@@ -46,17 +47,23 @@ class Policies:
                 f"{self.factor} and {self.window}. To leave tokens out, choose the policy mask."
             )
 
+    @property
+    def needs_golden(self) -> bool:
+        """Whether golden solutions take the place of other rows."""
+        return self.loops == "golden"
+
     def dropped(self, rollout: Rollout) -> Tensor:
         """Return the rows that nobody is to read, (B,) bool."""
         if self.truncated != "drop":
             return torch.zeros_like(rollout.truncated)
-        return rollout.truncated & (rollout.author == Author.STUDENT)
+        own = (rollout.author == Author.STUDENT) | (rollout.author == Author.PAST)
+        return rollout.truncated & own
 
     def weights(self, rollout: Rollout, repetition: Repetition) -> Tensor | None:
         """Return the weight of each completion token, (N,); None if all are 1."""
         if self.loops in ("keep", "golden") and self.truncated in ("keep", "drop"):
             return None
-        weights = torch.ones(len(rollout.row), device=rollout.row.device)
+        weights = torch.ones(len(rollout.row), dtype=torch.float32, device=rollout.row.device)
         if self.loops in ("mask", "down_weight"):
             weights[repetition.in_loop] = self.factor if self.loops == "down_weight" else 0.0
         cut = rollout.truncated[rollout.row]

@@ -1,14 +1,17 @@
 """Checks before the first step: impossible combinations are refused with a way out."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from stable_opd.mixtures.base import Mixture
+from stable_opd.objective import Objective
 from stable_opd.policies import Policies
+from stable_opd.references import Reference
 from stable_opd.samplers.base import Sampler
 from stable_opd.types import Author
+from stable_opd.weightings.base import Weighting
 
 
 def check_context(contexts: Mapping[str, int | None], prompt: int, golden: int, budget: int) -> None:
@@ -85,13 +88,33 @@ def check_term_names(place: str, names: Iterable[str], taken: Collection[str] = 
         )
 
 
-def check_parts(mixture: Mixture, policies: Policies, sampler: Sampler) -> None:
-    """Refuse a combination in which a part would teach nothing, and warn of one that departs from the method.
+def check_parts(
+    objective: Objective,
+    mixture: Mixture,
+    policies: Policies,
+    weightings: Sequence[Weighting],
+    reference: Reference,
+    sampler: Sampler,
+) -> None:
+    """Refuse a combination in which a part would do nothing, and warn of one that departs from the method.
 
     Raises:
-        ValueError: If golden rows take the place of others, and nobody learns from them.
+        ValueError: If golden rows take the place of others and nobody learns from them, if a weighting compares models
+            of which one is never asked, or if a reference moves that nobody looks at.
     """
-    if policies.loops == "golden" and Author.GOLDEN not in mixture.authors:
+    looking = [type(each).__name__ for each in weightings if each.needs_scores]
+    if looking and not any(term.needs_teacher for term in objective.own.values()):
+        raise ValueError(
+            f"Expected a divergence that asks the teacher, because {', '.join(looking)} compares the student with it, "
+            "but got none. Choose one that declares needs_teacher = True, or leave the weighting out."
+        )
+    terms = objective.terms.values()
+    if reference.moves and not any(term.needs_reference or term.keeps_reference for term in terms):
+        raise ValueError(
+            f"Expected a term that looks at the reference, because model.reference is {type(reference).__name__}, but "
+            "got none. Add a constraint such as ReferenceKL, or leave model.reference out."
+        )
+    if policies.needs_golden and Author.GOLDEN not in mixture.authors:
         raise ValueError(
             "Expected a mixture that learns from golden rows, because model.policies.loops is golden, but got "
             f"{type(mixture).__name__}: what takes the place of repetitive rows would teach nothing. Use "

@@ -4,7 +4,6 @@ Which mean it is changes the pressure on length. `sequence_mean` (GRPO's 1/|o|) 
 tokens of a long row count less; `token_mean` gives every token the same say, so a long row counts more.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
@@ -12,13 +11,12 @@ from torch import Tensor
 Aggregation = Literal["sequence_mean", "token_mean"]
 
 
-def token_shares(
-    rows: Tensor, count: int, weights: Tensor, aggregation: Aggregation, total: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Return the share of each token in the mean over a whole batch.
+def numerators(rows: Tensor, count: int, weights: Tensor, aggregation: Aggregation) -> tuple[Tensor, Tensor]:
+    """Return what each token counts in the mean over a batch, and what that is to be divided by.
 
-    The shares are known before any loss is, so a batch may be cut into micro-batches and tiles in any way: the sum of
-    share times loss over all pieces is the mean over the whole.
+    The share of a token is the one over the sum of the other over all processes. It is known before any loss is, so a
+    batch may be cut into micro-batches and tiles in any way: the sum of share times loss over all pieces is the mean
+    over the whole.
 
     A denominator counts the tokens whose weight is not zero. So a token that is masked is as if it were not there,
     while one of less weight adds less, and none of the others adds more for it.
@@ -29,14 +27,12 @@ def token_shares(
         weights: Weight of each token, at least 0, (N,).
         aggregation: ``token_mean``: over all tokens of the batch. ``sequence_mean``: over the tokens of each row, then
             over the rows; rows without tokens do not count.
-        total: Adds up a count over all processes, so that the denominator is that of the global batch.
 
     Returns:
-        Shares, (N,) float32; summed over all tokens of all processes they give 1 if the weights are 0 and 1, or 0 if
-        all of them are 0.
+        Numerators, (N,) float32, and this process's part of the denominator, a scalar; 0 if nothing counts.
     """
-    kept = (weights > 0).float()
+    kept, weights = (weights > 0).float(), weights.float()
     if aggregation == "token_mean":
-        return weights.float() / total(kept.sum()).clamp(min=1)
+        return weights, kept.sum()
     lengths = kept.new_zeros(count).index_add_(0, rows, kept)
-    return weights.float() / (lengths.clamp(min=1)[rows] * total((lengths > 0).float().sum()).clamp(min=1))
+    return weights / lengths.clamp(min=1)[rows], (lengths > 0).float().sum()

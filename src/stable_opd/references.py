@@ -26,6 +26,16 @@ class Reference(Component):
             step: Optimizer steps taken so far, from 1.
         """
 
+    def check(self, dtype: torch.dtype) -> None:
+        """Refuse a precision in which the reference cannot do its work; here any will do.
+
+        Args:
+            dtype: Of the student and of the reference.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+
 
 class InitialStudent(Reference):
     """The initial student, for good: it bounds how far the student may go.
@@ -60,19 +70,22 @@ class MovingAverage(Reference):
             )
         self.decay = decay
 
-    @torch.no_grad()
-    def update(self, reference: nn.Module, student: nn.Module, step: int) -> None:
-        """Move the average a little towards the student.
+    def check(self, dtype: torch.dtype) -> None:
+        """Refuse a precision in which a small move rounds to nothing.
 
         Raises:
-            ValueError: If the average is kept in a precision in which a small move rounds to nothing.
+            ValueError: If it is one of 16 bits.
         """
+        if dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"Expected a student in float32, but got {dtype}, in which a moving average would round its moves "
+                "away. Use the precision 32-true or bf16-mixed, or the reference PeriodicReset."
+            )
+
+    @torch.no_grad()
+    def update(self, reference: nn.Module, student: nn.Module, step: int) -> None:
+        """Move the average a little towards the student."""
         for average, current in zip(reference.parameters(), student.parameters(), strict=True):
-            if average.dtype in (torch.bfloat16, torch.float16):
-                raise ValueError(
-                    f"A moving average in {average.dtype} would round its moves away. Use the precision 32-true or "
-                    "bf16-mixed, or the reference PeriodicReset."
-                )
             average.lerp_(current.detach().to(average), 1 - self.decay)
 
 

@@ -107,10 +107,12 @@ class Writers:
     def _prefixes(
         self, plan: Plan, prompts: Prompts, rows: list[int], key_parts: tuple[int | str, ...]
     ) -> list["_Row"]:
-        """Return what stands before the student's rows; it may be nothing."""
+        """Return what stands before each of the student's rows, if anything is to."""
         # The last token is the student's, so that there is something to learn.
         longest = min(plan.prefix, self.max_new_tokens - 1)
-        if longest and plan.prefix_author == Author.TEACHER:
+        if longest == 0:
+            return []
+        if plan.prefix_author == Author.TEACHER:
             return self._teach(plan, prompts, rows, longest, key_parts)
         golden = [list(prompts.golden[plan.prompt[row]] or [])[:-1][:longest] for row in rows]
         return [_Row.copied(tokens, plan.prefix_author, Finish.LENGTH, self.student.device) for tokens in golden]
@@ -128,6 +130,9 @@ class Writers:
         """Let the student go on where each prefix ends, unless it ended the answer."""
         keys, whole = row_keys(plan, prompts, rows, *key_parts), list(prefixes)
         extra = {} if blend is None else {"blend": blend}  # an engine that runs one model need not know of it
+        if rows and not prefixes:
+            request = self._request(prompts.ids, [plan.prompt[row] for row in rows], keys, self.max_new_tokens)
+            return _Row.split(self.engine.generate(self.student, request, sampler, **extra), Author.STUDENT)
         going = [place for place, prefix in enumerate(prefixes) if prefix.finish != Finish.STOP]
         heads = {place: (*prompts.ids[plan.prompt[rows[place]]], *prefixes[place].tokens.tolist()) for place in going}
         budgets = {place: self.max_new_tokens - len(prefixes[place].tokens) for place in going}
@@ -226,11 +231,10 @@ class _Row:
     def split(cls, written: Completions, author: Author) -> list["_Row"]:
         """Return the rows of what was generated."""
         lengths, reasons = written.lengths.tolist(), written.finish.tolist()
-        parts = zip(written.tokens.split(lengths), written.logprobs.split(lengths), reasons, strict=True)
-        return [
-            cls(tokens, logprobs, torch.full_like(tokens, int(author)), Finish(reason), author)
-            for tokens, logprobs, reason in parts
-        ]
+        authors = torch.full_like(written.tokens, int(author))
+        tokens, logprobs, authors_ = (each.split(lengths) for each in (written.tokens, written.logprobs, authors))
+        rows = zip(tokens, logprobs, authors_, map(Finish, reasons), strict=True)
+        return [cls(*row, author) for row in rows]
 
     def followed_by(self, rest: "_Row", budget: int) -> "_Row":
         """Return this row and what comes after it, up to the budget."""

@@ -15,13 +15,15 @@ class Schedule(Component, nn.Module):
     """A factor that depends on the share of the training that is over; it multiplies a component's weight."""
 
     kind: ClassVar[str] = "schedule"
+    #: `observe` is called after every step; what is logged has to be brought from the device for it.
+    observes: bool = False
 
     @abstractmethod
     def forward(self, progress: float) -> float:
         """Return the factor at ``progress``, from 0 to 1."""
 
     def observe(self, figures: Mapping[str, float]) -> None:
-        """Learn of the figures that were logged for a step, by name, the same on every process; does nothing here."""
+        """Learn of the figures ``train/...`` of a step, the same on every process; does nothing here."""
 
 
 class Linear(Schedule):
@@ -110,6 +112,8 @@ class OnMetric(Schedule):
         largest: Factor that is never exceeded.
         relax: Share of the way back to 1 that is gone in every step in which the metric is low, from 0 to 1.
     """
+
+    observes: bool = True
 
     def __init__(
         self,

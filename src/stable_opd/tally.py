@@ -19,8 +19,9 @@ class Tally:
     Every process asks for the same sums, also one that has none of the student's tokens: processes wait for each other.
 
     Args:
-        names: The terms.
+        shares: Share of each token in the mean of each term, (N,), by the names of the terms.
         device: Where the sums are.
+        expected: Whether some process compares student and teacher; the same on every process.
     """
 
     #: Means over the student's tokens: the logged name, what it is the mean of, and the weights.
@@ -41,9 +42,11 @@ class Tally:
         "stop_mass_teacher": ("stop_teacher", "stopped"),
     }
 
-    def __init__(self, names: list[str], device: torch.device) -> None:
-        self.losses = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
-        self.values = {name: torch.zeros((), dtype=torch.float32, device=device) for name in names}
+    def __init__(self, shares: Mapping[str, Tensor], device: torch.device, expected: bool = True) -> None:
+        self.losses = {name: torch.zeros((), dtype=torch.float32, device=device) for name in shares}
+        self.values = {name: torch.zeros((), dtype=torch.float32, device=device) for name in shares}
+        self.shares = {name: each.sum() for name, each in shares.items()}
+        self.expected = expected
         self.diagnostics = Diagnostics()
         self.device = device
 
@@ -74,14 +77,26 @@ class Tally:
         advantage = self.tokens("teacher") - self.tokens("student")
         return {"advantage": advantage[own], "in_loop": self.tokens("in_loop")[own]}
 
-    def reduced(self, total: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """Return the scalars to log, added up over all processes in one go."""
-        sums = [*self.losses.values(), *self.values.values(), *self._sums(self.MEANS).flatten()]
+    def reduced(self, total: Callable[[Tensor], Tensor], penalties: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the scalars to log, added up over all processes in one go.
+
+        Args:
+            total: Adds up over all processes.
+            penalties: Losses and values, under their names, that belong to no token and are the same on every process.
+
+        Returns:
+            ``loss``, and ``loss/<term>`` and ``value/<term>`` of each term. A value is a mean over the tokens that the
+            term was asked about, without the weights that scale its loss; over no token it is nan.
+        """
+        count = len(self.losses)
+        sums = [*self.losses.values(), *self.values.values(), *self.shares.values(), *self._sums(self.MEANS).flatten()]
         scalars = total(torch.stack(sums).float())
-        losses, values, means = scalars.split([len(self.losses), len(self.values), 2 * len(self.MEANS)])
-        logged = {f"loss/{name}": loss for name, loss in zip(self.losses, losses, strict=True)}
-        logged |= {f"value/{name}": value for name, value in zip(self.values, values, strict=True)}
-        return {"loss": losses.sum(), **logged, **self._means(self.MEANS, means)}
+        losses, values, shares, means = scalars.split([count, count, count, 2 * len(self.MEANS)])
+        logged: dict[str, Any] = {f"loss/{name}": loss for name, loss in zip(self.losses, losses, strict=True)}
+        logged |= {f"value/{name}": value for name, value in zip(self.values, values / shares, strict=True)}
+        logged |= penalties or {}
+        loss = torch.stack([logged[f"loss/{name}"].to(losses) for name in self.losses]).sum()
+        return {"loss": loss, **logged, **self._means(self.MEANS, means)}
 
     def compared(self, total: Callable[[Tensor], Tensor], budget: int) -> dict[str, Tensor]:
         """Return how student and teacher compare, added up over all processes in one go.
@@ -116,8 +131,6 @@ class Tally:
         return sums.index_add_(1, places, torch.stack([weights * self.tokens("kl"), weights]))
 
     def _means(self, names: Mapping[str, Any] | list[str], sums: Tensor) -> dict[str, Tensor]:
-        """Return means from sums over all processes; none if nobody compared student and teacher."""
+        """Return means from sums over all processes; none if nobody was to compare student and teacher."""
         found, weights = sums.view(2, len(names))
-        if not self.compares and not weights.any():
-            return {}
-        return dict(zip(names, found / weights, strict=True))
+        return dict(zip(names, found / weights, strict=True)) if self.expected else {}

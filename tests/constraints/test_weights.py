@@ -38,7 +38,8 @@ def test_pull_adds_the_gradient_of_the_weighted_penalty(before, pair):
     trained = [each for each in student.parameters() if each.requires_grad]
     for each in trained:
         each.grad = torch.ones_like(each) if before else None
-    found = InitialWeights(0.3).pull(student, reference, 0.0)
+    loss, found = InitialWeights(0.3).pull(student, reference, 0.0)
+    assert loss.item() == pytest.approx(0.3 * found.item())
     assert found.item() == pytest.approx(value.item())
     assert not found.requires_grad
     for each, gradient in zip(trained, gradients, strict=True):
@@ -50,7 +51,7 @@ def test_pull_adds_the_gradient_of_the_weighted_penalty(before, pair):
 def test_student_that_has_not_moved_is_not_pulled(pair):
     _, reference = pair
     student = copy.deepcopy(reference).requires_grad_()
-    assert InitialWeights(0.3).pull(student, reference, 0.0).item() == 0
+    assert InitialWeights(0.3).pull(student, reference, 0.0)[1].item() == 0
     assert all(each.grad.abs().max() == 0 for each in student.parameters())
 
 
@@ -78,8 +79,8 @@ def test_descent_returns_to_the_reference(pair):
 
 def test_reference_in_another_precision_is_compared_in_that_of_the_student(pair):
     student, reference = pair
-    expected = InitialWeights(0.0).pull(student, reference, 0.0).item()
-    assert InitialWeights(0.3).pull(student.float(), reference, 0.0).item() == pytest.approx(expected, rel=1e-6)
+    expected = InitialWeights(0.0).pull(student, reference, 0.0)[1].item()
+    assert InitialWeights(0.3).pull(student.float(), reference, 0.0)[1].item() == pytest.approx(expected, rel=1e-6)
     assert all(each.grad.dtype == torch.float32 for each in student.parameters() if each.requires_grad)
 
 
@@ -87,7 +88,7 @@ def test_schedule_and_controller_scale_the_gradient_and_not_the_value(pair):
     student, reference = pair
     term = InitialWeights(0.8, Linear(1.0, 0.0), _Fixed(0.5))
     plain, plain_student = InitialWeights(0.3), copy.deepcopy(student)
-    assert term.pull(student, reference, 0.25).item() == plain.pull(plain_student, reference, 0.0).item()
+    assert term.pull(student, reference, 0.25)[1].item() == plain.pull(plain_student, reference, 0.0)[1].item()
     for ours, theirs in zip(student.parameters(), plain_student.parameters(), strict=True):
         if ours.requires_grad:
             torch.testing.assert_close(ours.grad, theirs.grad)
@@ -99,7 +100,7 @@ def test_tied_weights_count_once():
     student = copy.deepcopy(reference)
     student.lm_head.weight.data += 0.5
     assert student.model.embed_tokens.weight is student.lm_head.weight
-    value = InitialWeights(1.0).pull(student, reference, 0.0)
+    _, value = InitialWeights(1.0).pull(student, reference, 0.0)
     assert value.item() == pytest.approx(0.125 * student.lm_head.weight.numel(), rel=1e-4)
     assert student.lm_head.weight.grad.mean().item() == pytest.approx(0.5, rel=1e-4)
 

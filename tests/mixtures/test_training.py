@@ -232,8 +232,8 @@ def test_means_of_rows_by_two_authors_count_each_token_once(aggregation, max_tok
     objective = Objective(
         {"divergence": _Counting(True, whole_rows)}, {"mixture": _Counting(False, whole_rows)}, aggregation
     )
-    model, tally = tiny_model(1), Tally(["divergence", "mixture"], torch.device("cpu"))
     shares = objective.shares(rollout, total_of_one_process)
+    model, tally = tiny_model(1), Tally(shares, torch.device("cpu"))
     work = list(pieces(rollout, marks, objective, Cutting(max_tokens)))
     for piece, readings in zip(work, Readers(LocalTeacher("nowhere")).read(work, VOCABULARY), strict=True):
         tally.add(evaluate(piece, readings, shares, model, VOCABULARY))

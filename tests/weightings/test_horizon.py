@@ -60,5 +60,5 @@ def test_schedule_is_a_part_of_the_weighting():
 
 @pytest.mark.parametrize("tokens", [0, -3])
 def test_horizon_without_tokens_is_refused(tokens):
-    with pytest.raises(ValueError, match=r"Expected tokens of at least 1, but got"):
+    with pytest.raises(ValueError, match=r"Expected a horizon of at least 1 token, but got"):
         PrefixHorizon(tokens)

@@ -108,9 +108,10 @@ def test_two_steps_that_micro_batches_do_not_change(name, build, fit):
     assert difference(found, plain) > 1e-4
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("name", ALL)
-def test_mixed_precision(name, build, fit):
-    found, steps = fit(build(chosen(name)), precision="bf16-mixed")
+def test_lower_precision(name, precision, build, fit):
+    found, steps = fit(build(chosen(name)), precision=precision)
     assert all(tensor.isfinite().all() for tensor in found.values())
     assert all(step["train/grad_norm"] > 0 for step in steps)
 
@@ -163,7 +164,7 @@ def recipe(student_path, teacher_path, train_path, validation_path, tmp_path, mo
                 "early": {"class_path": "PositionWeight", "init_args": {"largest": 1.25}},
                 "horizon": {
                     "class_path": "PrefixHorizon",
-                    "init_args": {"tokens": 9, "schedule": {"class_path": "Linear", "init_args": {"start": 0.5}}},
+                    "init_args": {"horizon": 9, "schedule": {"class_path": "Linear", "init_args": {"start": 0.5}}},
                 },
                 "pick": "TokenSelection",
                 "trap": {"class_path": "AgreementCut", "init_args": CUT},

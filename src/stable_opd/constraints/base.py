@@ -36,10 +36,10 @@ class Constraint(LossTerm):
 
         Args:
             value: Mean over the student's tokens in the global batch (0 where the term does not speak), a scalar, the
-                same on every process.
+                same on every process; nan if the student had no token in this step.
         """
 
-    def pull(self, student: nn.Module, reference: nn.Module | None, progress: float) -> Tensor | None:
+    def pull(self, student: nn.Module, reference: nn.Module | None, progress: float) -> tuple[Tensor, Tensor] | None:
         """Add the gradient of a penalty on the weights themselves, once per optimizer step; does nothing here.
 
         Args:
@@ -48,7 +48,7 @@ class Constraint(LossTerm):
             progress: Share of the training that is over, from 0 to 1.
 
         Returns:
-            The penalty's value without the weight, a scalar; None if there is no such penalty.
+            The penalty as it is minimised, and its value without the weight, scalars; None if there is none.
         """
         return None
 

@@ -66,8 +66,8 @@ class InitialWeights(WeightedConstraint):
         nothing = torch.zeros_like(evidence.behaviour_logprobs)
         return TokenLoss(nothing, nothing, torch.zeros_like(evidence.in_loop))
 
-    def pull(self, student: nn.Module, reference: nn.Module | None, progress: float) -> Tensor:
-        """Add the gradient of the penalty to that of the student's parameters, and return the value.
+    def pull(self, student: nn.Module, reference: nn.Module | None, progress: float) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the penalty to that of the student's parameters, and return its loss and value.
 
         Raises:
             ValueError: If there is no reference.
@@ -77,4 +77,6 @@ class InitialWeights(WeightedConstraint):
                 "Expected the initial student, but got None. Start a Trainer, which keeps a copy of it for terms that "
                 "declare keeps_reference."
             )
-        return pull_to(student, reference, self.scale_at(progress))
+        weight = self.scale_at(progress)
+        value = pull_to(student, reference, weight)
+        return weight * value, value

@@ -72,7 +72,7 @@ def check_drawn(completions: Completions) -> None:
     wrong = int((~completions.logprobs.isfinite()).sum())
     if wrong:
         raise ValueError(
-            f"{wrong} of {len(completions.logprobs)} tokens have no finite log-prob: the student's logits are not "
+            f"{wrong} of {len(completions.logprobs)} tokens have no finite log-prob: the model's logits are not "
             "finite, or the sampler ruled out every token. Look at train/grad_norm before this step, lower the "
             "learning rate, or try another sampler."
         )

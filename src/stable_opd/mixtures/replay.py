@@ -67,7 +67,7 @@ class ReplayMixture(WeightedMixture):
         own = rollout.written_by(Author.STUDENT)
         wanted = max(1, round(self.rate * len(own))) if self.rate and len(own) else 0
         count = min(wanted, len(self.rows))
-        places = _choose(len(self.rows), count, key(global_seed(), "replay", step))
+        places = _choose(len(self.rows), count, key(global_seed(), "replay", step, _rank()))
         past = [self.rows[place] for place in places]
         self.rows.extend(_taken(rollout.select(own)))
         return _with_past(rollout, past) if past else rollout
@@ -79,6 +79,12 @@ class ReplayMixture(WeightedMixture):
     def set_extra_state(self, state: Any) -> None:
         """Go on with the rows of a checkpoint."""
         self.rows = deque(state, maxlen=self.rows.maxlen)
+
+
+def _rank() -> int:
+    """Return the number of this process; each has rows of its own."""
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if initialized else 0
 
 
 def _choose(rows: int, count: int, row_key: int) -> list[int]:
@@ -96,8 +102,15 @@ def _taken(rollout: Rollout) -> list[dict[str, Any]]:
     """Return each row by itself; what somebody else wrote of it stays his."""
     past = torch.full_like(rollout.token_author, int(Author.PAST))
     rollout = replace(rollout, token_author=past.where(rollout.token_author == Author.STUDENT, rollout.token_author))
-    rows = [rollout.select(torch.tensor([row], device=rollout.lengths.device)) for row in range(len(rollout))]
-    return [{name: getattr(row, name).cpu() for name in _FIELDS} | {"text": row.texts[0]} for row in rows]
+    lengths, prompts = rollout.lengths.tolist(), rollout.prompt_lengths.tolist()
+    totals = [a + b for a, b in zip(lengths, prompts, strict=True)]
+    sizes = {"tokens": totals, "behaviour_logprobs": lengths, "token_author": lengths}
+    parts = {name: getattr(rollout, name).cpu().split(sizes.get(name, 1)) for name in _FIELDS}
+    # Clones, as a part would keep the whole batch in memory and in the checkpoints.
+    return [
+        {name: each[row].clone() for name, each in parts.items()} | {"text": text}
+        for row, text in enumerate(rollout.texts)
+    ]
 
 
 def _with_past(rollout: Rollout, past: list[dict[str, Any]]) -> Rollout:

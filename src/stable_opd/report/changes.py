@@ -12,8 +12,9 @@ Array = NDArray[np.float64]
 QUIET = 10
 #: Measurements in a row whose mean must be away from the quiet level: one spike is no change.
 LASTING = 5
-#: Departures below this many quiet standard deviations do not add up.
-SLACK = 1.0
+#: Departures below this many quiet standard deviations do not add up. Less than 1.5, and errors of a level that was
+#: measured ten times make a start come out too early; more, and it comes out late on a slow way up.
+SLACK = 1.5
 #: The mean of `LASTING` measurements must be away by this many quiet standard deviations, however large the effect.
 CLEAR = 3.0
 
@@ -56,8 +57,8 @@ class Effect:
 def find_change(steps: Array, values: Array, effect: Effect) -> Change | None:
     """Find the first lasting change of a signal.
 
-    The first `QUIET` measurements give a level m and a standard deviation s, which is taken as no less than an eighth of
-    the effect. There is a change once the mean of `LASTING` measurements is away from m by the effect and by `CLEAR`
+    The first `QUIET` measurements give a level m and a standard deviation s, taken as no less than an eighth of the
+    effect. There is a change once the mean of `LASTING` measurements is away from m by the effect and by `CLEAR`
     times s. It began where the cumulative sum that leads there, S = max(0, S + (x - m) / s - SLACK), left zero for the
     last time (Page 1954). Measurements that are not finite are left out.
 
@@ -78,7 +79,7 @@ def find_change(steps: Array, values: Array, effect: Effect) -> Change | None:
     noise = max(float(values[:QUIET].std(ddof=1)), least / 8)
     sign = 1.0 if effect.direction == "rise" else -1.0
     away = sign * (values - level)
-    # Overlapping windows, none of which reaches into the quiet phase; entry i ends with measurement QUIET + LASTING - 1 + i.
+    # No window reaches into the quiet phase: entry i ends with measurement QUIET + LASTING - 1 + i.
     lasting = np.convolve(away[QUIET:], np.full(LASTING, 1 / LASTING), "valid")
     enough = lasting >= max(least, CLEAR * noise)
     if not enough.any():
@@ -99,7 +100,7 @@ def _left_zero(increments: Array) -> int:
 
 
 def departure(values: Array) -> Array:
-    """Return how far a signal is above its quiet level, in quiet standard deviations; nan if too little was measured."""
+    """Return how far a signal is above its quiet level, in quiet standard deviations; nan if it was too short."""
     quiet = values[np.isfinite(values)][:QUIET]
     if len(quiet) < QUIET:
         return np.full_like(values, np.nan)

@@ -17,7 +17,7 @@ from stable_opd.report.changes import Array
 
 METRICS, CONFIG = "metrics.csv", "config.yaml"
 
-_SEED = re.compile(r"[-_/. ]*\bseed[-_= ]?\d+", re.IGNORECASE)
+_SEED = re.compile(r"[-_/. ]*(?<![a-z0-9])seed[-_= ]?\d+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def read_metrics(path: Path) -> dict[str, Array]:
-    """Read a table of metrics; a row that was cut when the process was killed is left out, a cell without number is nan.
+    """Read a table of metrics, without a row that was cut when the process was killed; a cell without number is nan.
 
     Raises:
         ValueError: If it has no ``step`` column or no complete row.
@@ -118,7 +118,7 @@ def read_metrics(path: Path) -> dict[str, Array]:
     if "step" not in head or not rows:
         raise ValueError(
             f"Expected {path} to have a step column and at least one complete row, but got "
-            f"{', '.join(head[:5]) or 'an empty file'} with {len(rows)} rows. Was the run stopped before its first step?"
+            f"{', '.join(head[:5]) or 'no columns'} and {len(rows)} rows. Was the run stopped before its first step?"
         )
     cells = np.array([[_number(cell) for cell in row] for row in rows])
     table = dict(zip(head, cells.T, strict=True))
@@ -159,12 +159,12 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _rows(table: Mapping[str, Array], prefix: str) -> Curves:
-    """Return the rows that have a value of the prefix; of two with one step the later, as a run may go on in its folder."""
+    """Return the rows with a value of the prefix; of two for one step the later, as a run may go on in its folder."""
     columns = {name: column for name, column in table.items() if name != "step"}
     mine = [column for name, column in columns.items() if name.startswith(prefix)]
     there = np.isfinite(np.array(mine)).any(0) if mine else np.zeros(len(table["step"]), dtype=bool)
     places = np.flatnonzero(there)
-    latest = {step: place for step, place in zip(table["step"][places].tolist(), places.tolist(), strict=True)}
+    latest = dict(zip(table["step"][places].tolist(), places.tolist(), strict=True))
     order = np.array([latest[step] for step in sorted(latest)], dtype=int)
     return Curves(table["step"][order], {name: column[order] for name, column in columns.items()})
 

@@ -1,12 +1,23 @@
 """What happened in a run: the signals that moved, and one sentence. Pure functions of the curves."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from stable_opd.report.changes import LASTING, QUIET, Array, Change, Effect, find_change, first_reaching, together
+from stable_opd.report.changes import (
+    CLEAR,
+    LASTING,
+    QUIET,
+    Array,
+    Change,
+    Effect,
+    find_change,
+    first_reaching,
+    together,
+)
 from stable_opd.report.runs import Curves, Run
 
 Kind = Literal["stable", "inflating", "collapsed", "recovered", "too short to say"]
@@ -87,15 +98,20 @@ class Verdict:
 
     Attributes:
         kind: The class.
-        sentence: The class with its reasons.
+        reason: Why, as the rest of a sentence that begins with the class.
         signs: The signals that changed, by the step at which they began.
         collapsed_at: Step at which truncation passed `COLLAPSED`, if it did.
     """
 
     kind: Kind
-    sentence: str
+    reason: str
     signs: Sequence[Sign] = ()
     collapsed_at: int | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The class with its reason."""
+        return f"{self.kind.capitalize()}: {self.reason}"
 
     @property
     def first(self) -> Sign | None:
@@ -110,22 +126,28 @@ class Levels:
     Attributes:
         quiet: Mean of the first measurements.
         last: Mean of the last ones.
-        peak: Largest mean of a window of measurements; all three are nan if nothing was measured.
+        peak: Largest mean of a window of measurements.
+        noise: Standard deviation of the first measurements.
+        end: Mean of the last few measurements, for what still rises. All are nan if nothing was measured.
     """
 
     quiet: float
     last: float
     peak: float
+    noise: float = 0.0
+    end: float = np.nan
 
 
 def levels(values: Array, quiet: int = QUIET, lasting: int = LASTING, last: int = LAST) -> Levels:
     """Return how a curve began and ended, and how high it got; nan measurements do not count."""
     values = values[np.isfinite(values)]
     if not len(values):
-        return Levels(np.nan, np.nan, np.nan)
+        return Levels(np.nan, np.nan, np.nan, np.nan, np.nan)
     width = min(lasting, len(values))
     means = np.convolve(values, np.full(width, 1 / width), "valid")
-    return Levels(float(values[:quiet].mean()), float(values[-last:].mean()), float(means.max()))
+    first = values[:quiet]
+    noise = float(first.std(ddof=1)) if len(first) > 1 else 0.0
+    return Levels(float(first.mean()), float(values[-last:].mean()), float(means.max()), noise, float(means[-1]))
 
 
 def find_signs(train: Curves) -> list[Sign]:
@@ -142,15 +164,16 @@ def classify(truncation: Levels, length: Levels, repetition: Levels) -> Kind:
     """Return the class of a run that is long enough.
 
     Collapsed: truncation got above `COLLAPSED`. Inflating: at the end truncation or repetition is above its quiet level
-    by `MORE`, or the answers are `LONGER` times as long as in the beginning. Recovered: one of the two held on the way
+    by `MORE`, or the answers are `LONGER` times as long as in the beginning, and in either case by `CLEAR` standard
+    deviations of the quiet phase. Recovered: one of the two held on the way
     and neither truncation, repetition nor length is up by as much at the end. Stable: none of it.
     """
 
-    def up(quiet_to: Callable[[Levels], float]) -> bool:
-        more = any(quiet_to(each) - each.quiet >= MORE for each in (truncation, repetition))
-        return more or quiet_to(length) >= LONGER * length.quiet
+    def up(reached: Callable[[Levels], float]) -> bool:
+        least = [(truncation, MORE), (repetition, MORE), (length, (LONGER - 1) * length.quiet)]
+        return any(reached(each) - each.quiet >= max(by, CLEAR * each.noise) for each, by in least)
 
-    ended_up = up(lambda each: each.last)
+    ended_up = up(lambda each: each.last) or up(lambda each: each.end)
     collapsed = truncation.peak > COLLAPSED
     if collapsed and (ended_up or truncation.last > COLLAPSED):
         return "collapsed"
@@ -160,14 +183,14 @@ def classify(truncation: Levels, length: Levels, repetition: Levels) -> Kind:
 
 
 def judge(run: Run) -> Verdict:
-    """Return what became of a run, by its training rows; by its evaluations where the student wrote nothing in training."""
+    """Return what became of a run: by its training rows, or by evaluations if the student wrote nothing in training."""
     if not run.train.has("train/truncation_rate"):
         return _by_evaluations(run)
     measured = int(np.isfinite(run.train["train/truncation_rate"]).sum())
     if measured < ENOUGH:
         return Verdict(
             "too short to say",
-            f"Too short to say: {measured} training steps were logged, and {ENOUGH} are the least that can be judged.",
+            f"{measured} training steps were logged, and {ENOUGH} are the least that can be judged.",
         )
     train = run.train
     truncation, length, repetition = (
@@ -189,35 +212,44 @@ def judge(run: Run) -> Verdict:
 def _collapse(verdict: Verdict, truncation: Levels, length: Levels) -> str:
     if truncation.quiet > COLLAPSED:
         return (
-            f"Collapsed from the start: truncation was {truncation.quiet:.2f} in the first {QUIET} steps, so the initial "
-            "student does not stop within the token budget"
+            f"truncation was {truncation.quiet:.2f} in the first {QUIET} steps already, so the initial student does "
+            "not stop within the token budget"
         )
-    return f"Collapsed: truncation passed {COLLAPSED:g} at step {verdict.collapsed_at}{_first(verdict)}"
+    return f"truncation passed {COLLAPSED:g} at step {verdict.collapsed_at}{_first(verdict)}"
 
 
 def _inflation(verdict: Verdict, truncation: Levels, length: Levels) -> str:
     told = f"truncation went from {truncation.quiet:.2f} to {truncation.last:.2f}"
+    if truncation.peak - truncation.last >= MORE:
+        told += f" after {truncation.peak:.2f}"
     if np.isfinite(length.quiet):
         told += f" and the mean length from {length.quiet:.0f} to {length.last:.0f} tokens"
-    return f"Inflating: {told}{_first(verdict)}"
+    return f"{told}{_first(verdict)}"
 
 
 def _recovery(verdict: Verdict, truncation: Levels, length: Levels) -> str:
     came = f"truncation came back to {truncation.last:.2f} after {truncation.peak:.2f}"
     if truncation.peak - truncation.quiet < MORE:
         came = f"the mean length came back to {length.last:.0f} tokens after {length.peak:.0f}"
-    return f"Recovered: {came}{_first(verdict)}"
+    return f"{came}{_first(verdict)}"
 
 
 def _calm(verdict: Verdict, truncation: Levels, length: Levels) -> str:
-    told = f"truncation ended at {truncation.last:.2f} and never got above {truncation.peak:.2f} for {LASTING} steps"
+    told = f"truncation stayed at {_share(truncation.peak)}"
+    if truncation.last - truncation.quiet <= -MORE:
+        told = f"truncation went from {truncation.quiet:.2f} to {truncation.last:.2f}"
     if np.isfinite(length.quiet):
         told += f", and the mean length went from {length.quiet:.0f} to {length.last:.0f} tokens"
-    return f"Stable: {told}"
+    return told
+
+
+def _share(value: float) -> str:
+    """Return an upper bound of a share in two digits."""
+    return "0" if value == 0 else f"{math.ceil(100 * value - 1e-9) / 100:.2f} or below"
 
 
 def _first(verdict: Verdict) -> str:
-    """Return the clause about the first sign; nothing if there was none or it came with the collapse itself."""
+    """Return the clause about the first sign; nothing if there was none."""
     first = verdict.first
     if first is None:
         return ""
@@ -243,10 +275,13 @@ def _by_evaluations(run: Run) -> Verdict:
     if measured < 3:
         return Verdict(
             "too short to say",
-            f"Too short to say: the student's truncation was measured in no training step and in {measured} "
+            f"the student's truncation was measured in no training step and in {measured} "
             "evaluations, and 3 are the least that can be judged.",
         )
     kind = classify(truncation, length, repetition)
-    told = f"{kind.capitalize()}, by the evaluations alone: truncation went from {truncation.quiet:.2f} to "
-    told += f"{truncation.last:.2f}, with {truncation.peak:.2f} at the most"
+    told = "by the evaluations alone, "
+    if kind == "stable":
+        told += f"truncation stayed at {_share(truncation.peak)}"
+    else:
+        told += f"truncation went from {truncation.quiet:.2f} to {truncation.last:.2f}, at most {truncation.peak:.2f}"
     return Verdict(kind, f"{told}{_accuracy(validation)}.")

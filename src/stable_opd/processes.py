@@ -1,0 +1,41 @@
+"""What the processes of a run have to agree on."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+
+class Processes:
+    """The processes of a trainer; every one has to ask for the same things in the same order.
+
+    Args:
+        trainer: Runs the training.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    @property
+    def count(self) -> int:
+        """Number of processes."""
+        return self.trainer.world_size
+
+    def total(self, local: Tensor) -> Tensor:
+        """Add up over all processes."""
+        total: Tensor = self.trainer.strategy.reduce(local, reduce_op="sum")
+        return total
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Put the values of all processes one after the other, (n,) -> (m,); n may be 0, and differ."""
+        return torch.cat(gather_all_tensors(values)) if self.count > 1 else values
+
+    def together(self, last: bool) -> AbstractContextManager[None]:
+        """Let a backward pass add up gradients over processes, if it is the last one of a step."""
+        strategy = self.trainer.strategy
+        if last or not isinstance(strategy, ParallelStrategy):
+            return nullcontext()
+        return strategy.block_backward_sync()
