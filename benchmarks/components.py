@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "RatioPenalty": {"weight": "1.0"},
     "InitialWeights": {"weight": "0.1"},
     "PrefixMixture": {"prefix": "24"},
-    "PrefixHorizon": {},
+    "PrefixHorizon": {"horizon": "32"},
     "SpecialTokens": {"tokens": "[10]"},
     "AgreementCut": {"window": "8", "warm_up": "5", "samples": "256"},
     "TopK": {"k": "5"},

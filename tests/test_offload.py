@@ -19,7 +19,7 @@ from stable_opd import (
     ReferenceKL,
     ReverseKL,
 )
-from stable_opd import module as module_file
+from stable_opd import learning
 from stable_opd.cli import main
 from stable_opd.data import Source
 from stable_opd.offload import move_state, visiting
@@ -116,7 +116,7 @@ def run(student_path, teacher_path, train_path, monkeypatch):
 
     def run(teacher_rests=False, offload=()):
         events = []
-        monkeypatch.setattr(module_file, "move_state", lambda *args: (events.append("moments move"), move_state(*args)))
+        monkeypatch.setattr(learning, "move_state", lambda *args: (events.append("moments move"), move_state(*args)))
 
         class Watching(LocalTeacher):
             """Says when it reads."""

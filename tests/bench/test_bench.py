@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -21,17 +22,24 @@ METRICS = {
 }
 PARTS = """
 import time
-from pathlib import Path
 
-from stable_opd import ReverseKL
+from stable_opd import Author, Divergence, TokenLoss
 
 
-class Broken(ReverseKL):
+class Distance(Divergence):
+    support = "full"
+
+    def forward(self, evidence):
+        loss = (evidence.student.logprobs.exp() - evidence.teacher.logprobs.exp()).square().sum(-1)
+        return TokenLoss(loss, loss.detach(), evidence.written_by(Author.STUDENT))
+
+
+class Broken(Distance):
     def forward(self, evidence):
         raise RuntimeError("the component gave up")
 
 
-class Slow(ReverseKL):
+class Slow(Distance):
     def forward(self, evidence):
         time.sleep(0.15)
         return super().forward(evidence)
@@ -105,7 +113,8 @@ def test_runs_fail_are_skipped_and_are_run_anew(place):
     assert {"heatmap.png", "curves.png", "results.csv"} <= {each.name for each in out.iterdir()}
 
     # Finished runs are not touched; the component is mended outside of the recipe, and what failed is tried again.
-    before = {each: each.stat().st_mtime_ns for each in out.rglob("metrics.csv")}
+    before = {each: each.stat().st_mtime_ns for each in out.rglob("metrics.csv") if "broken" not in str(each)}
+    assert len(before) == 3
     (folder / "parts.py").write_text(
         PARTS.replace('raise RuntimeError("the component gave up")', "return super().forward(evidence)")
     )
@@ -139,12 +148,12 @@ def wait_for_checkpoint(folder, step, process):
 
 
 def children(pid):
-    return [int(each) for each in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def alive(pid):
     try:
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
@@ -152,8 +161,8 @@ def alive(pid):
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_whatever_is_killed_the_same_command_ends_with_the_same_table(place):
-    """Runner and child, by SIGTERM, SIGINT and SIGKILL, one after the other in one run; then it may finish."""
-    trainer = {"max_steps": 30, "val_check_interval": 5}
+    """Runner and child, by SIGTERM and SIGKILL, one after the other in one run; then it may finish."""
+    trainer = {"max_steps": 25, "val_check_interval": 5}
     folder = place(trainer, axes={"d": {"slow": {"model.divergence": "parts.Slow"}}})
     status, _, errors = bench("spec.yaml", "--out", "whole", cwd=folder)
     assert status == 0, errors
@@ -163,7 +172,6 @@ def test_whatever_is_killed_the_same_command_ends_with_the_same_table(place):
         (10, "runner", signal.SIGKILL, -9, "started"),
         (15, "child", signal.SIGTERM, 1, "failed"),
         (20, "child", signal.SIGKILL, 1, "failed"),
-        (25, "runner", signal.SIGINT, 130, "interrupted"),
     ]
     for number, (step, whom, how, expected, state) in enumerate(ends):
         process = start("spec.yaml", "--out", "out", cwd=folder)
@@ -183,10 +191,10 @@ def test_whatever_is_killed_the_same_command_ends_with_the_same_table(place):
             assert rows(folder / "out")[0]["reason"] == f"ended by {how.name}"
     status, _, errors = bench("spec.yaml", "--out", "out", cwd=folder)
     assert status == 0, errors
-    assert "goes on from step 25" in errors
+    assert "goes on from step 20" in errors
     assert (folder / "out" / "results.csv").read_text() == (folder / "whole" / "results.csv").read_text()
     expected = metrics(folder / "whole" / "slow" / "seed-0" / "metrics.csv")
-    assert len(expected) == 37  # thirty steps, and seven validations
+    assert len(expected) == 31  # 25 steps, and six validations
     assert metrics(run / "metrics.csv") == expected
 
 

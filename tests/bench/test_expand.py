@@ -229,6 +229,12 @@ def test_fingerprint_follows_recipe_and_seed_but_not_the_folder(carrying):
     assert expand(spec, Path("out"))[0].fingerprint != first.fingerprint
 
 
+def test_shared_folder_of_checkpoints_is_refused(carrying):
+    callback = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "kept"}}
+    with pytest.raises(SpecError, match="in the folder of each run, but got dirpath 'kept'"):
+        expand(carrying(d={"x": {"trainer.callbacks": [callback]}}), Path("out"))
+
+
 def test_resolving_leaves_the_arguments_of_the_process_alone(carrying, monkeypatch):
     carrying(d={"x": {}})
     monkeypatch.setattr("sys.argv", ["stable-opd", "bench", "spec.yaml"])

@@ -5,6 +5,8 @@ import re
 import pytest
 
 from bench.common import spec_of, write_spec
+from stable_opd.bench.command import EPILOG
+from stable_opd.bench.expand import combinations
 from stable_opd.bench.spec import METRICS, Metric, read
 from stable_opd.bench.yamls import SpecError, load
 
@@ -83,6 +85,18 @@ def test_key_that_is_written_twice_is_refused_with_its_place(tmp_path):
     path.write_text("config: recipe.yaml\naxes:\n  a:\n    x: {}\n    x: {model.mixture: StudentOnly}\n")
     with pytest.raises(SpecError, match=r"each key once, but got 'x' again in .*spec.yaml, line 5"):
         read(path)
+
+
+def test_example_of_the_help_is_a_spec(tmp_path):
+    example = EPILOG.partition("A spec:\n")[2].partition("\n\nWithout")[0]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.yaml").touch()
+    (tmp_path / "specs").mkdir()
+    path = tmp_path / "specs" / "spec.yaml"
+    path.write_text(example)
+    spec = read(path)
+    assert len(combinations(spec)) == 3
+    assert spec.baseline == {"mixture": "none", "anchor": "without"}
 
 
 def test_missing_spec_and_broken_yaml_are_refused(tmp_path):

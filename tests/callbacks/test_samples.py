@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +30,9 @@ def fit(paths, folder, callback, max_steps, ckpt_path=None, **options):
     )
     data = PromptDataModule(Source(train), Source(validation), ExactMatch(), batch_size=8, eval_batch_size=4)
     logger = CSVLogger(folder, name="", version="")
-    trainer = make_trainer(callback, max_steps=max_steps, val_check_interval=1, logger=logger, **options)
+    trainer = make_trainer(
+        callback, max_steps=max_steps, val_check_interval=1, log_every_n_steps=1, logger=logger, **options
+    )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return trainer
 
@@ -44,7 +47,7 @@ def test_each_evaluation_of_a_training_leaves_its_first_answers(paths, tmp_path)
     fit(paths, tmp_path, RolloutSamples(rows=5), 2, num_sanity_val_steps=-1)
     kept = read(tmp_path)
     assert [(each["step"], each["index"]) for each in kept] == [(step, row) for step in range(3) for row in range(5)]
-    prompts = [json.loads(line)["prompt"] for line in open(paths[3], encoding="utf-8")]
+    prompts = [json.loads(line)["prompt"] for line in Path(paths[3]).read_text(encoding="utf-8").splitlines()]
     for each in kept:
         assert " ".join(each["prompt"].split()) == " ".join(prompts[each["index"]].split())
         assert set(each) == {

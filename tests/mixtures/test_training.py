@@ -133,10 +133,11 @@ def test_micro_batches_do_not_change_a_run_and_its_figures_are_finite(name, trai
     for found, expected in zip(small, large, strict=True):
         assert found.keys() == expected.keys()
         for figure, value in expected.items():
+            silent = figure.startswith("train/value/") and expected[figure.replace("value", "loss")] == 0
             if figure.startswith(FINITE):
-                assert math.isfinite(value), figure
+                assert math.isfinite(value) or silent, figure  # a mean over no token is nan
             if figure.startswith(SUMS):
-                assert found[figure] == pytest.approx(value, rel=1e-4, abs=1e-6), figure
+                assert found[figure] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), figure
         assert expected["train/grad_norm"] > 0
     assert any(step["train/loss/mixture"] != 0 for step in large) == (name not in SILENT)
     moved = [

@@ -121,12 +121,13 @@ def test_together_is_high_only_where_both_are():
     [
         ([0, 0, 1, 0, 0, 0, 0, 0], None),
         ([0.0] * 4 + [1.0] * 6, 4),
+        ([0.0] * 4 + [0.8] + [1.0] * 6, 5),
         ([0.95] * 8, 0),
         ([0.0] * 8 + [1.0] * 2, None),
         ([], None),
         ([np.nan, np.nan], None),
     ],
-    ids=["a spike", "a step", "from the start", "too short", "nothing", "nan"],
+    ids=["a spike", "a step", "a step on the way", "from the start", "too short", "nothing", "nan"],
 )
 def test_first_reaching_needs_a_mean_above_the_bound(values, step):
     assert first_reaching(np.arange(len(values), dtype=float), np.array(values, dtype=float), 0.9) == step

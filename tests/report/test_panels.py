@@ -54,7 +54,7 @@ def test_few_points_by_chance_are_not_joined():
         assert made.sparse
         return made.joined
 
-    assert not joined(1, 40, 90)
+    assert not joined(1, 20, 90)
     assert joined(0, 20, 40)
     assert line("x", 0, [curves([0, 19, 21], [1, 2, 3])], "x").joined  # as an evaluation after the last step
 

@@ -54,7 +54,7 @@ def test_a_file_without_rows_is_refused(tmp_path, text):
 
 
 def test_of_two_rows_for_a_step_the_later_counts(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,0.1\n2,0.2\n3,0.3\n2,0.9\n")
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n3,0.3\n1,0.1\n2,0.2\n2,0.9\n")
     run = read_run(tmp_path, "run")
     assert run.train.steps.tolist() == [1, 2, 3]
     assert run.train["train/loss"].tolist() == [0.1, 0.9, 0.3]
@@ -75,11 +75,11 @@ def test_all_runs_below_a_folder_are_read_once_under_short_names(tmp_path):
     assert [run.variant for run in runs] == ["opd", "opd", "stable"]
 
 
-def test_runs_named_one_by_one_keep_what_tells_them_apart(tmp_path):
+def test_runs_are_called_by_what_tells_them_apart(tmp_path):
     for name in ("a/version_0", "b/version_0"):
         write_run(tmp_path / name, quiet(30))
     runs = read_runs([tmp_path / "a" / "version_0", tmp_path / "b" / "version_0"])
-    assert [run.name for run in runs] == ["a/version_0", "b/version_0"]
+    assert [run.name for run in runs] == ["a", "b"]
     assert [run.name for run in read_runs([tmp_path / "a"])] == ["a/version_0"]
 
 
@@ -92,6 +92,7 @@ def test_runs_named_one_by_one_keep_what_tells_them_apart(tmp_path):
         ("seed-1/opd", "opd"),
         ("seed-1", "seed-1"),
         ("seedling-2", "seedling-2"),
+        ("linseed-2", "linseed-2"),
         ("version_0", "version_0"),
     ],
 )

@@ -28,6 +28,11 @@ def test_a_quiet_run_is_stable_without_a_sign(tmp_path):
     assert found.sentence.startswith("Stable: truncation stayed at 0, and the mean length went from 20 to 20 tokens;")
 
 
+def test_a_bound_is_rounded_up(tmp_path):
+    train = quiet() | {"train/truncation_rate": np.where(np.arange(100) < 50, 0.0, 0.011)}
+    assert "truncation stayed at 0.02 or below" in verdict(tmp_path, train).sentence
+
+
 def test_a_run_that_ends_on_the_way_up_is_inflating(tmp_path):
     train = {name: values[:48] for name, values in collapsing().items()}
     found = verdict(tmp_path, train)

@@ -19,9 +19,33 @@ from stable_opd.bench.yamls import SpecError
 
 DESCRIPTION = "Compare combinations of components: run every variant of a recipe with every seed, and write tables."
 EPILOG = """\
+A spec:
+
+  config: ../configs/quickstart.yaml     # paths start at the spec
+  options: {trainer.max_steps: 100}      # for all runs
+  axes:                                  # every variant of one axis meets every one of the others
+    mixture:
+      none: {model.mixture: StudentOnly}
+      golden: {model.mixture: {class_path: GoldenMixture, init_args: {weight: 2.0}}}
+    anchor:
+      without: {model.constraints.anchor: null}
+      with: {}
+  seeds: [0, 1, 2, 3, 4, 5]
+  metrics:                               # the first is drawn; reduce: last, max, min, or mean with a window
+    accuracy: {column: val/accuracy, better: higher}
+    truncation: {column: train/truncation_rate, reduce: max, better: lower}
+  exclude: [{mixture: none, anchor: with}]
+  baseline: {mixture: none, anchor: without} # the others are tested against it
+
+Without a `baseline` the best is tested against the runner-up. A variant may name a `config` of its own. A component
+that is named by its class replaces the recipe's with all its settings. `table: math` adds a table of the metrics named
+math500, minerva, olympiad, amc, aime24 and aime25; `alpha` is the largest p-value that counts as significant, 0.05 if
+left out.
+
 A finished run is not repeated, an interrupted one goes on from its last checkpoint, and one whose recipe has changed is
-run anew: after whatever happened, give the same command again. Each run is an ordinary `stable-opd fit` in
-DIR/VARIANTS/seed-N; results.md, results.csv and results.jsonl are in DIR.
+run anew: after whatever happened, give the same command again. Changed data or code of your own is not noticed; delete
+the folders of the runs then. Each run is an ordinary `stable-opd fit` in DIR/VARIANTS/seed-N; results.md, results.csv
+and results.jsonl are in DIR.
 """
 
 

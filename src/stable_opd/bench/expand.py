@@ -154,6 +154,7 @@ def _runs(spec: Spec, variants: Mapping[str, str], out: Path, resolve: Resolve) 
     try:
         with _written(changed) as copied:
             truth = resolve(["-c", str(copied)])
+        _check_checkpoints(truth)
         written = explicit(_short_logger(changes, recipe), truth, start, resolve)
     except SpecError as error:
         raise SpecError(f"Variant {first.combination}: {error}") from error
@@ -165,6 +166,18 @@ def _runs(spec: Spec, variants: Mapping[str, str], out: Path, resolve: Resolve) 
         config["trainer"].pop("logger", None)
         found.append(Run(variants, seed, out, ("fit", *start, *flags(mine)), config))
     return found
+
+
+def _check_checkpoints(config: Config) -> None:
+    """Refuse a folder of checkpoints that all runs would share, and in which none would find its own again."""
+    callbacks = config["trainer"].get("callbacks") or []
+    for each in callbacks if isinstance(callbacks, list) else [callbacks]:
+        folder = (each.get("init_args") or {}).get("dirpath")
+        if folder is not None:
+            raise SpecError(
+                f"Expected checkpoints in the folder of each run, but got dirpath {folder!r} of {each['class_path']}. "
+                "Take it out of the recipe."
+            )
 
 
 def _logger(run: Run) -> Config:

@@ -81,7 +81,8 @@ def _verdict(spec: Spec, found: Cells, metric: str) -> str:
         comparison, tests = comparisons.get(ranked[0]), len(comparisons)
     if comparison is None:
         return f"{ranked[0]} and {other} have no seed in common."
-    says = f"{ranked[0]} against {other}: difference {comparison.difference:+.3g} on {comparison.pairs} seeds"
+    seeds = f"{comparison.pairs} seed{'s' * (comparison.pairs > 1)}"
+    says = f"{ranked[0]} against {other}: difference {comparison.difference:+.3g} on {seeds}"
     least = min(1.0, tests * smallest_p(comparison.pairs))
     if least > spec.alpha:
         return f"{says}. So few seeds cannot be significant: the smallest p-value possible is {least:.2g}."

@@ -10,14 +10,19 @@ from stable_opd.report.text import escaped, number, one_line
 MOST_EVALUATIONS, MOST_ANSWERS = 6, 8
 
 
+#: Runs whose last answers are not folded away.
+FEW = 3
+
+
 def answers(runs: Sequence[Run]) -> str:
     """Return the sample answers of all runs as HTML; a note if none were kept."""
     parts = []
     for run in runs:
         steps = evaluations(run.samples)
         if steps:
+            opened = steps[-1:] if len(runs) <= FEW else []
             name = f"<h3><bdi>{escaped(one_line(run.name, 80))}</bdi></h3>\n" if len(runs) > 1 else ""
-            parts.append(name + "".join(_evaluation(run.samples, step, step == steps[-1]) for step in steps))
+            parts.append(name + "".join(_evaluation(run.samples, step, step in opened) for step in steps))
     if parts:
         return "".join(parts)
     return (

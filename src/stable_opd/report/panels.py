@@ -17,7 +17,7 @@ MOST_VARIANTS = 12
 SPARSE = 25
 
 #: Characters of a label that fit beside a picture.
-LONGEST_LABEL = 18
+LONGEST_LABEL = 16
 
 Split = Literal["train", "validation"]
 
@@ -221,7 +221,7 @@ def heats(runs: Sequence[Run]) -> list[Heat]:
         names = sorted(seeds[0].train.named("train/kl_by_position/"), key=lambda each: int(each.rpartition("/")[2]))
         if names:
             values = np.stack([seeds[0].train[each] for each in names])
-            title = "KL(student || teacher) by position" + (f", {one_line(name, 40)}" if len(runs) > 1 else "")
+            title = "KL(student || teacher) by position" + (f": {one_line(name, 34)}" if len(runs) > 1 else "")
             found.append(Heat(f"kl-by-position-{len(found)}", title, seeds[0].train.steps, values))
     return found
 

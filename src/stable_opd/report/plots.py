@@ -65,7 +65,7 @@ def draw(what: Panel | Heat, theme: Theme) -> bytes:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=SIZE, dpi=DENSITY, facecolor=theme.paper)
         # The same for all, so that steps stand below steps on the page; the names of curves need the right.
-        figure.subplots_adjust(left=0.12, right=0.74, top=0.82, bottom=0.16)
+        figure.subplots_adjust(left=0.12, right=0.71, top=0.82, bottom=0.16)
         axes = figure.add_subplot(facecolor=theme.paper)
         if isinstance(what, Panel):
             _draw_lines(what, axes, theme)
@@ -182,7 +182,7 @@ def _draw_heat(heat: Heat, figure: Figure, axes: Axes, theme: Theme) -> None:
     image = axes.pcolormesh(
         edges, np.arange(bins + 1) * 100 / bins, np.ma.masked_invalid(heat.values), cmap=theme.heat, vmin=0, vmax=top
     )
-    bar = figure.colorbar(image, cax=figure.add_axes((0.76, 0.16, 0.03, 0.66)), extend="max")
+    bar = figure.colorbar(image, cax=figure.add_axes((0.73, 0.16, 0.03, 0.66)), extend="max")
     bar.set_label("nats", color=theme.ink, fontsize=9)
     bar.ax.tick_params(colors=theme.ink, labelsize=8.5)
     bar.outline.set_edgecolor(theme.faint)

@@ -205,9 +205,12 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest trailing paths that tell the folders apart; two parts of the path if there is only one."""
+    """Return the paths of the folders without what all begin or end with; the last two parts if there is only one."""
     whole = [folder.resolve() for folder in folders]
     if len(whole) == 1:
         return ["/".join(whole[0].parts[-2:]).lstrip("/")]
     common = Path(os.path.commonpath([folder.parent for folder in whole]))
-    return [folder.relative_to(common).as_posix() for folder in whole]
+    parts = [folder.relative_to(common).parts for folder in whole]
+    while len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [each[:-1] for each in parts]
+    return ["/".join(each) for each in parts]

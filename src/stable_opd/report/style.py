@@ -41,7 +41,7 @@ caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-top: 1px solid var(--rule); vertical-align: top;
   font-weight: 400; }
 thead th { font-weight: 600; border-top: 0; vertical-align: bottom; }
-tbody th { overflow-wrap: anywhere; min-width: 9rem; }
+tbody th { overflow-wrap: anywhere; min-width: 12rem; }
 td { white-space: nowrap; } td code { white-space: normal; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 figure { margin: 0; }
