@@ -18,8 +18,8 @@ from stable_opd import (
     PromptDataModule,
     ReferenceKL,
     ReverseKL,
+    learning,
 )
-from stable_opd import learning
 from stable_opd.cli import main
 from stable_opd.data import Source
 from stable_opd.offload import move_state, visiting
