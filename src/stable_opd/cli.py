@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stable_opd import registry
-from stable_opd.callbacks import AnswerWriter, OPDProgressBar
+from stable_opd.callbacks import AnswerWriter, OPDProgressBar, RolloutSamples
 from stable_opd.commands import COMMANDS
 from stable_opd.data import PromptDataModule
 from stable_opd.hints import hints, options
@@ -43,17 +43,18 @@ class Parser(LightningArgumentParser):
 
 
 class CLI(LightningCLI):
-    """LightningCLI whose trainer shows our progress bar, and writes answers when it predicts."""
+    """LightningCLI whose trainer shows our progress bar, and keeps answers of evaluations and predictions."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer; a progress bar or an answer writer in the YAML takes the place of ours."""
+        """Make the trainer; a callback of the same kind in the YAML takes the place of ours."""
         options = self.config_init[self.subcommand].trainer
         callbacks = options.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if options.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
             callbacks.append(OPDProgressBar())
-        if not any(isinstance(each, AnswerWriter) for each in callbacks):
-            callbacks.append(AnswerWriter())
+        for kind in (AnswerWriter, RolloutSamples):
+            if not any(isinstance(each, kind) for each in callbacks):
+                callbacks.append(kind())
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
 

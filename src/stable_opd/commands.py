@@ -1,4 +1,4 @@
-"""The commands that are not the trainer's: `list`, `calibrate`, `testbed` and `report`."""
+"""The commands that are not the trainer's: `list`, `calibrate`, `testbed`, `bench` and `report`."""
 
 import argparse
 import inspect

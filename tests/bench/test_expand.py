@@ -183,6 +183,15 @@ def test_what_cannot_be_said_by_flags_is_refused():
         explicit({"model.divergence": "B"}, truth, ["-c", "r"], lambda _: kept)
 
 
+def test_numbers_that_flags_turn_into_text_are_no_carrying_over(carrying, capsys):
+    (run, _) = expand(carrying(d={"x": {"trainer.devices": 2, "trainer.precision": 32}}), Path("out"))
+    found = printed(run.command, capsys)["trainer"]
+    assert (str(found["devices"]), str(found["precision"])) == ("2", "32")
+    truth, text = {"a": True}, {"a": "True"}
+    with pytest.raises(SpecError, match="carried over"):
+        explicit({"a": True}, truth, [], lambda _: text)
+
+
 def test_differences_name_the_keys():
     before, after = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
     assert differences(before, after) == ["a.c: 2 became 5", "d: 3 became nothing", "e: nothing became 4"]

@@ -58,8 +58,8 @@ def test_odd_curves_can_be_drawn(lines):
 
 def test_names_are_drawn_as_they_are_and_in_any_script():
     """A dollar sign would begin a formula, and a broken formula is an error."""
-    hostile = [curve([1, 2], r"$\frac{", 0), curve([2, 1], "解 $", 1)]
-    assert len(draw(Panel("k", r"$\nosuch{", hostile, marks=[(1, "$x")]), LIGHT)) > 1000
+    hostile = [curve([1, 2], r"$\frac{$", 0), curve([2, 1], "解 $_$", 1)]
+    assert len(draw(Panel("k", r"$\nosuch{$", hostile, marks=[(1, r"$\frac{$")]), LIGHT)) > 1000
 
 
 def test_a_map_of_zeros_can_be_drawn():

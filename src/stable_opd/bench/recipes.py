@@ -86,13 +86,14 @@ def explicit(overrides: Mapping[str, Any], truth: Config, start: Sequence[str], 
         SpecError: If the command line carries something over, whatever is written.
     """
     found = resolve([*start, *flags(overrides)])
-    if found == truth:
+    if _same(found, truth):
         return dict(overrides)
     complete = {
-        key: value if find(found, key) == find(truth, key) else find(truth, key) for key, value in overrides.items()
+        key: value if _same(find(found, key), find(truth, key)) else find(truth, key)
+        for key, value in overrides.items()
     }
     found = resolve([*start, *flags(complete)])
-    if found != truth:
+    if not _same(found, truth):
         raise SpecError(
             "Expected the flags to replace what the recipe has, but got settings that are carried over: "
             f"{'; '.join(differences(truth, found))}. Take them out of the recipe, or set them in every variant."
@@ -141,6 +142,16 @@ def _no_arguments() -> Iterator[None]:
         yield
     finally:
         sys.argv = kept
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Return whether two configs are the same; where text is allowed too, a flag turns a number into text."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, str) != isinstance(second, str):
+        text, other = (first, second) if isinstance(first, str) else (second, first)
+        return isinstance(other, int | float) and not isinstance(other, bool) and text == str(other)
+    return bool(first == second)
 
 
 def _settings(node: Config, part: str) -> Config:

@@ -2,5 +2,6 @@
 
 from stable_opd.callbacks.answers import AnswerWriter
 from stable_opd.callbacks.progress import OPDProgressBar
+from stable_opd.callbacks.samples import RolloutSamples
 
-__all__ = ["AnswerWriter", "OPDProgressBar"]
+__all__ = ["AnswerWriter", "OPDProgressBar", "RolloutSamples"]

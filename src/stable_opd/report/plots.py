@@ -176,7 +176,7 @@ def _draw_heat(heat: Heat, figure: Figure, axes: Axes, theme: Theme) -> None:
     """Draw positions upwards and steps to the right; cells without a measurement are hatched."""
     bins = len(heat.values)
     finite = heat.values[np.isfinite(heat.values)]
-    top = float(np.quantile(finite, 0.99)) or 1.0  # one outlier must not wash out the rest
+    top = float(np.quantile(finite, 0.99))  # one outlier must not wash out the rest
     axes.patch.set(hatch="///", edgecolor=theme.faint, alpha=0.5)
     edges = np.append(heat.steps, heat.steps[-1] + 1) - 0.5
     image = axes.pcolormesh(
