@@ -27,6 +27,8 @@ from stable_opd import Author, Divergence, TokenLoss
 
 
 class Distance(Divergence):
+    \"\"\"Squared distance of the probabilities.\"\"\"
+
     support = "full"
 
     def forward(self, evidence):
@@ -35,11 +37,15 @@ class Distance(Divergence):
 
 
 class Broken(Distance):
+    \"\"\"Raises in the first step.\"\"\"
+
     def forward(self, evidence):
         raise RuntimeError("the component gave up")
 
 
 class Slow(Distance):
+    \"\"\"Takes its time.\"\"\"
+
     def forward(self, evidence):
         time.sleep(0.15)
         return super().forward(evidence)
