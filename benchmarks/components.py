@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "SpecialTokens": {"tokens": "[10]"},
     "AgreementCut": {"window": "8", "warm_up": "5", "samples": "256"},
     "TopK": {"k": "5"},
-    # The vocabulary has 29 tokens, so the default of 32 would be all of them.
+    # The vocabulary has 20 tokens, so the default of 32 would be all of them.
     "TeacherTopK": {"k": "5"},
     "TeacherTopKForwardKL": {"k": "5"},
     "StudentTopK": {"k": "5"},
