@@ -3,25 +3,16 @@
 import inspect
 import re
 
+import docstring_parser
+
 _ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 _CLAUSE = re.compile(r";|\.(?=\s+[A-Z]|$)")  # the full stop of "et al. 2026" ends nothing
 
 
 def arguments(cls: type) -> dict[str, str]:
     """Return what the ``Args:`` section says of each parameter, by name."""
-    _, _, section = f"\n{inspect.getdoc(cls) or ''}".partition("\nArgs:\n")
-    found: dict[str, str] = {}
-    name = ""
-    for line in section.splitlines():
-        if line.strip() and not line.startswith("    "):
-            break
-        begun = re.match(r" {4}(\w+)(?: \(.*?\))?: *(.*)", line)
-        if begun:
-            name = begun.group(1)
-            found[name] = begun.group(2)
-        elif name and line.strip():
-            found[name] = f"{found[name]} {line.strip()}"
-    return found
+    parsed = docstring_parser.parse(inspect.getdoc(cls) or "", docstring_parser.DocstringStyle.GOOGLE)
+    return {each.arg_name: " ".join((each.description or "").split()) for each in parsed.params}
 
 
 def source(cls: type) -> str:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from stable_opd.divergences.kl import expectation
 from stable_opd.models import Head, output_head
-from stable_opd.objective import Group, Piece, Reading, part_of
+from stable_opd.objective import Group, Piece, Reading
 from stable_opd.scoring import HiddenStates, body
 from stable_opd.streaming import scores, tiles
 from stable_opd.types import Author, Repetition, Rollout
@@ -113,7 +113,7 @@ def _seen(group: Group, reading: Reading, ours: HiddenStates) -> Tensor:
     found = torch.zeros(4, len(group.places), dtype=torch.float32, device=ours.states.device)
     # As in the loss: precision is decided by the dtypes that arrive.
     with torch.autocast(ours.states.device.type, enabled=False):
-        for tile in tiles(part_of(group, reading, {}), ours):
+        for tile in tiles(len(group.places), ours):
             tokens = group.evidence.tokens[tile]
             p = scores("student", ours, tile, tokens)[0]
             q = scores("teacher", theirs, tile, tokens)[0]

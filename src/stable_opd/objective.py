@@ -1,7 +1,7 @@
 """From a rollout to gradients: which rows in which micro-batches, with which terms and denominators."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ class Cutting:
     max_tokens: int
     padded: bool = False
     progress: float = 0.0
-    stop: tuple[int, ...] = field(default=())
+    stop: tuple[int, ...] = ()
 
 
 def pieces(

@@ -222,7 +222,7 @@ class _Job:
         for part in self.parts:
             student = HiddenStates(states[start : start + len(part)], head)
             slope = self._whole_rows(part, student)
-            for tile in tiles(part, student):
+            for tile in tiles(len(part), student):
                 in_logits = self._tile(part, tile, student, None if slope is None else slope[tile])
                 backward.add(slice(start + tile.start, start + tile.stop), student.states[tile], in_logits)
             start += len(part)
@@ -311,16 +311,16 @@ def _follows_rows(term: LossTerm) -> bool:
     return term.support == "sampled" and not term.positionwise
 
 
-def tiles(part: Part, model: HiddenStates) -> Iterator[slice]:
-    """Return the positions of a part, as many at a time as are treated at once."""
-    count, size = len(part), tile_size(len(model.head.weight), model.states.device)
+def tiles(count: int, model: HiddenStates) -> Iterator[slice]:
+    """Return ``count`` positions, as many at a time as are treated at once."""
+    size = tile_size(len(model.head.weight), model.states.device)
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _collect(part: Part, model: HiddenStates) -> Tensor:
     """Return a model's log-probs of the written tokens, (n,)."""
     tokens = part.evidence.tokens
-    return torch.cat([scores("student", model, tile, tokens[tile])[0].sampled for tile in tiles(part, model)])
+    return torch.cat([scores("student", model, tile, tokens[tile])[0].sampled for tile in tiles(len(part), model)])
 
 
 def scores(name: str, model: HiddenStates, tile: slice, tokens: Tensor) -> tuple[Scores, Tensor]:

@@ -31,10 +31,6 @@ class Tally:
         "entropy_student": ("entropy_student", "stands_for"),
         "entropy_teacher": ("entropy_teacher", "stands_for"),
         "overlap": ("overlap", "stands_for"),
-    }
-
-    #: More of them, which do not concern the objective.
-    COMPARED: ClassVar = {
         "overlap_advantage": ("overlap_advantage", "overlapping"),
         "entropy_gap": ("entropy_gap", "stands_for"),
         "stop_hazard": ("stop_student", "own"),
@@ -89,14 +85,13 @@ class Tally:
             term was asked about, without the weights that scale its loss; over no token it is nan.
         """
         count = len(self.losses)
-        sums = [*self.losses.values(), *self.values.values(), *self.shares.values(), *self._sums(self.MEANS).flatten()]
-        scalars = total(torch.stack(sums).float())
-        losses, values, shares, means = scalars.split([count, count, count, 2 * len(self.MEANS)])
+        sums = [*self.losses.values(), *self.values.values(), *self.shares.values()]
+        losses, values, shares = total(torch.stack(sums).float()).split(count)
         logged: dict[str, Any] = {f"loss/{name}": loss for name, loss in zip(self.losses, losses, strict=True)}
         logged |= {f"value/{name}": value for name, value in zip(self.values, values / shares, strict=True)}
         logged |= penalties or {}
         loss = torch.stack([logged[f"loss/{name}"].to(losses) for name in self.losses]).sum()
-        return {"loss": loss, **logged, **self._means(self.MEANS, means)}
+        return {"loss": loss, **logged}
 
     def compared(self, total: Callable[[Tensor], Tensor], budget: int) -> dict[str, Tensor]:
         """Return how student and teacher compare, added up over all processes in one go.
@@ -106,18 +101,20 @@ class Tally:
             budget: Tokens that an answer may have; the bins of the positions are the same for every batch.
 
         Returns:
-            The means of `COMPARED`, and ``kl_by_position/0`` to ``/9``: mean KL(student || teacher), in nats, by the
-            tenth of the budget; a mean over no token is nan. Nothing if no process compared the two.
+            The means of `MEANS`, and ``kl_by_position/0`` to ``/9``: mean KL(student || teacher), in nats, by the
+            tenth of the budget; a mean over no token is nan. Nothing if nobody was to compare the two.
         """
-        bins = [f"kl_by_position/{number}" for number in range(BINS)]
-        sums = torch.cat([self._sums(self.COMPARED), self._by_position(budget)], -1)
-        return self._means([*self.COMPARED, *bins], total(sums.flatten()))
+        if not self.expected:
+            return {}
+        names = [*self.MEANS, *(f"kl_by_position/{number}" for number in range(BINS))]
+        sums, weights = total(torch.cat([self._sums(), self._by_position(budget)], -1))
+        return dict(zip(names, sums / weights, strict=True))
 
-    def _sums(self, means: Mapping[str, tuple[str, str]]) -> Tensor:
+    def _sums(self) -> Tensor:
         """Return the weighted sum of each mean, and the sum of its weights, (2, means) float32."""
         if not self.compares:
-            return torch.zeros(2, len(means), dtype=torch.float32, device=self.device)
-        pairs = [(self.tokens(name), self.tokens(weight).float()) for name, weight in means.values()]
+            return torch.zeros(2, len(self.MEANS), dtype=torch.float32, device=self.device)
+        pairs = [(self.tokens(name), self.tokens(weight).float()) for name, weight in self.MEANS.values()]
         sums = [(values * weights).sum() for values, weights in pairs]
         return torch.stack([torch.stack(sums), torch.stack([weights.sum() for _, weights in pairs])]).float()
 
@@ -129,8 +126,3 @@ class Tally:
         weights = self.tokens("stands_for")
         places = (self.tokens("position") * BINS // budget).clamp(max=BINS - 1)
         return sums.index_add_(1, places, torch.stack([weights * self.tokens("kl"), weights]))
-
-    def _means(self, names: Mapping[str, Any] | list[str], sums: Tensor) -> dict[str, Tensor]:
-        """Return means from sums over all processes; none if nobody was to compare student and teacher."""
-        found, weights = sums.view(2, len(names))
-        return dict(zip(names, found / weights, strict=True)) if self.expected else {}

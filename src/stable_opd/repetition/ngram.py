@@ -138,8 +138,8 @@ class NGramShare(RepetitionDetector):
         rep(o) = 1 - unique n-grams of o / n-grams of o >= min_repeated,  n = order
 
     An answer whose last part is a loop has about the share of that part, or more. The default is high, because long
-    texts on one subject come back to their own phrases: manuals and source code of 8192 words and signs have shares of
-    0.4 to 0.5. For the same reason there are marks in flagged rows only: elsewhere a phrase that comes back is no loop.
+    texts on one subject come back to their own phrases. For the same reason there are marks in flagged rows only:
+    elsewhere a phrase that comes back is no loop.
     Counters that are far apart do not hide a loop from it. `NGramLoop` and `PeriodicSuffix` find loops that are a small
     part of a long answer. A stop token at the end is not counted as part of the answer.
 
