@@ -1,4 +1,4 @@
-"""The commands that are not the trainer's: `list`, `calibrate`, `testbed`, `bench` and `report`."""
+"""The commands that are not the trainer's: `list`, `calibrate`, `detect`, `testbed`, `bench` and `report`."""
 
 import argparse
 import inspect
@@ -77,6 +77,13 @@ def calibrate(args: Sequence[str]) -> None:
     calibration.calibrate(args)
 
 
+def detect(args: Sequence[str]) -> None:
+    """Try a repetition detector on labelled loops and on golden texts."""
+    from stable_opd.repetition import detect
+
+    detect.detect(args)
+
+
 def testbed(args: Sequence[str]) -> None:
     """Rebuild the testbed's models and data from their seeds."""
     parser = argparse.ArgumentParser("stable-opd testbed", description=inspect.getdoc(testbed))
@@ -103,6 +110,7 @@ def bench(args: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "list": list_components,
     "calibrate": calibrate,
+    "detect": detect,
     "testbed": testbed,
     "report": report,
     "bench": bench,

@@ -287,3 +287,23 @@ def test_folder_of_something_else_is_not_run_over(place, capsys, monkeypatch):
     assert done.value.code == 2
     assert "to be empty or to hold a run of a benchmark" in capsys.readouterr().err
     assert precious.read_text() == "step\n"
+
+
+def test_detectors_are_compared_without_a_recipe(tmp_path):
+    (tmp_path / "spec.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "command": "detect",
+                "options": {"texts": 3, "periods": [6], "budget": 60, "every": 6, "repetition": "PeriodicSuffix"},
+                "axes": {"least": {"18": {"repetition.min_tokens": 18}, "99": {"repetition.min_tokens": 99}}},
+                "seeds": [0, 1],
+                "metrics": {"found": {"column": "exact-6/found", "better": "higher"}},
+            }
+        )
+    )
+    status, printed, errors = bench("spec.yaml", "--out", "out", cwd=tmp_path)
+    assert (status, printed) == (0, "4 of 4 runs are finished; see out/results.md.\n"), errors
+    page = (tmp_path / "out/results.md").read_text()
+    assert "| 18 | 1 ± 0 |" in page
+    assert "| 99 | 0 ± 0 |" in page
+    assert "stable-opd detect --texts 3" in page

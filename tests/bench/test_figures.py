@@ -28,6 +28,11 @@ ROWS = [
         (Metric("train", "mean", 3), 3.0),
         (Metric("absent"), None),
         (Metric("absent", "max"), None),
+        (Metric("val", "first", above=0.4), 2.0),
+        (Metric("val", "first", above=0.5), 2.0),
+        (Metric("val", "first", above=0.9), math.inf),
+        (Metric("train", "first", above=2.0), 0.0),
+        (Metric("absent", "first", above=0.4), None),
     ],
 )
 def test_reductions_skip_what_was_not_logged(metric, expected):

@@ -195,3 +195,22 @@ def test_column_that_no_run_has_is_pointed_out(tmp_path, monkeypatch):
     assert "'val/acuracy'" in warning
     assert "Did you mean 'val/accuracy'?" in warning
     assert unknown_columns(wrong, [SomeRun()], results(x=[0.5])) == []
+
+
+FIRST = {"onset": {"column": "train/truncation_rate", "reduce": "first", "above": 0.9}}
+
+
+def test_what_never_happened_is_counted_and_not_averaged(tmp_path):
+    never = math.inf
+    made = results("onset", x=[10.0, never, 20.0], y=[never] * 3, z=[never, "boom", never])
+    table = main_table(spec(tmp_path, 3, FIRST), cells(spec(tmp_path, 3, FIRST), made))
+    assert "| x | 15 ± 7.1 in 2 of 3 |" in table
+    assert "| y | never |" in table
+    assert "| z | never (n = 2) |" in table
+
+
+def test_page_of_figures_without_a_direction_has_no_test(tmp_path):
+    text = page(spec(tmp_path, 2, FIRST, baseline={"a": "x"}), results("onset", x=[1.0, 2.0], y=[3.0, 4.0]))
+    assert "optimizer steps before train/truncation_rate first exceeds 0.9" in text
+    assert "Bold" not in text
+    assert "Differences" not in text

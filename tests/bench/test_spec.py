@@ -7,7 +7,7 @@ import pytest
 from bench.common import spec_of, write_spec
 from stable_opd.bench.command import EPILOG
 from stable_opd.bench.expand import combinations
-from stable_opd.bench.spec import METRICS, Metric, read
+from stable_opd.bench.spec import METRICS, Metric, Plot, read
 from stable_opd.bench.yamls import SpecError, load
 
 
@@ -30,6 +30,7 @@ def test_a_long_spec_is_read(tmp_path):
         options={"trainer.max_steps": 3},
         table="math",
         alpha=0.1,
+        plots={"p": {"panels": {"T": "c", "U": {"l": "d"}}, "variants": {"a": ["x"], "b": "z"}}},
     )
     assert spec.seeds == (3, 1)
     assert spec.metrics == {"loss": Metric("train/loss"), "late": Metric("val/accuracy", "mean", 3)}
@@ -38,6 +39,17 @@ def test_a_long_spec_is_read(tmp_path):
     assert spec.axes["a"]["0.5"].overrides == {"model.divergence": "ReverseKL"}
     assert spec.axes["b"]["z"].config == tmp_path / "recipe.yaml"
     assert (spec.table, spec.alpha) == ("math", 0.1)
+    assert spec.plots == {"p": Plot({"T": {"": "c"}, "U": {"l": "d"}}, {"a": ("x",), "b": ("z",)})}
+    assert spec.command == "fit"
+
+
+def test_a_command_without_a_recipe_needs_none(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("command: detect\naxes: {a: {x: {}}}\n")
+    assert (read(path).command, read(path).config) == ("detect", None)
+    path.write_text("axes: {a: {x: {}}}\n")
+    with pytest.raises(SpecError, match="Expected `config` in"):
+        read(path)
 
 
 WRONG = {
@@ -66,6 +78,23 @@ WRONG = {
     "unknown reduction": ({"metrics": {"m": {"column": "c", "reduce": "median"}}}, "but got 'median'"),
     "unknown direction": ({"metrics": {"m": {"column": "c", "better": "bigger"}}}, "higher, lower, None, but got"),
     "window without a mean": ({"metrics": {"m": {"column": "c", "window": 3}}}, "only beside `reduce: mean`"),
+    "bound without first": ({"metrics": {"m": {"column": "c", "above": 3}}}, "`reduce: first` and `above` together"),
+    "first without a bound": ({"metrics": {"m": {"column": "c", "reduce": "first"}}}, "Add or remove one"),
+    "bound that is no number": (
+        {"metrics": {"m": {"column": "c", "reduce": "first", "above": "high"}}},
+        "`above` of metric 'm' to be a number, but got 'high'",
+    ),
+    "direction of a first step": (
+        {"metrics": {"m": {"column": "c", "reduce": "first", "above": 1, "better": "lower"}}},
+        "no `better` beside `reduce: first`",
+    ),
+    "unknown command": ({"command": "test"}, "`command` out of fit, detect, but got 'test'"),
+    "plot without panels": ({"plots": {"p": {}}}, "at least one panel in plot 'p'"),
+    "panel of a wrong type": ({"plots": {"p": {"panels": {"t": {"l": 3}}}}}, "panel 't' of plot 'p' to be a column"),
+    "plot of an unknown variant": (
+        {"plots": {"p": {"panels": {"t": "c"}, "variants": {"a": "xx"}}}},
+        "variant of axis 'a' in `variants` of plot 'p' out of x, y, but got 'xx'",
+    ),
     "window of zero": ({"metrics": {"m": {"column": "c", "reduce": "mean", "window": 0}}}, "positive integer"),
     "missing recipe": ({"config": "nowhere.yaml"}, "which is no file. Paths start at the spec"),
     "missing recipe of a variant": ({"axes": {"a": {"x": {"config": "no.yaml"}}}}, "`config` of variant 'x'"),

@@ -31,16 +31,24 @@ A spec:
       without: {model.constraints.anchor: null}
       with: {}
   seeds: [0, 1, 2, 3, 4, 5]
-  metrics:                               # the first is drawn; reduce: last, max, min, or mean with a window
+  metrics:                               # reduce: last, max, min, mean with a window, or first above a bound
     accuracy: {column: val/accuracy, better: higher}
     truncation: {column: train/truncation_rate, reduce: max, better: lower}
+    collapse: {column: train/truncation_rate, reduce: first, above: 0.9}
   exclude: [{mixture: none, anchor: with}]
   baseline: {mixture: none, anchor: without} # the others are tested against it
 
 Without a `baseline` the best is tested against the runner-up. A variant may name a `config` of its own. A component
 that is named by its class replaces the recipe's with all its settings. `table: math` adds a table of the metrics named
 math500, minerva, olympiad, amc, aime24 and aime25; `alpha` is the largest p-value that counts as significant, 0.05 if
-left out.
+left out. Two axes make a heat map of the first metric. Curves are drawn of all metrics, or as `plots` says, for example
+
+  plots:
+    tokens:                              # tokens.png
+      variants: {mixture: none}
+      panels: {Advantage: {repeated: train/advantage_repeated, regular: train/advantage_regular}}
+
+With `command: detect` in place of `config`, the runs are those of `stable-opd detect`.
 
 A finished run is not repeated, an interrupted one goes on from its last checkpoint, and one whose recipe has changed is
 run anew: after whatever happened, give the same command again. Changed data or code of your own is not noticed; delete

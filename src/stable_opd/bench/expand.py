@@ -76,7 +76,7 @@ def expand(spec: Spec, out: Path, resolve: Resolve = resolve) -> list[Run]:
     Args:
         spec: The benchmark.
         out: Folder of its runs.
-        resolve: Returns the config that arguments of `stable-opd fit` come to.
+        resolve: Returns the config that arguments of `stable-opd` come to.
 
     Raises:
         SpecError: If nothing is left, or a combination cannot be written as a command.
@@ -106,8 +106,8 @@ def _excluded(variants: Mapping[str, str], entry: Mapping[str, tuple[str, ...]])
     return all(variants[axis] in names for axis, names in entry.items())
 
 
-def gather(spec: Spec, variants: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
-    """Return the recipe of a combination and everything that is changed in it, in order.
+def gather(spec: Spec, variants: Mapping[str, str]) -> tuple[Path | None, dict[str, Any]]:
+    """Return the recipe of a combination, if there is one, and everything that is changed in it, in order.
 
     Raises:
         SpecError: If two axes name a recipe, or one undoes what another one sets.
@@ -134,7 +134,7 @@ def gather(spec: Spec, variants: Mapping[str, str]) -> tuple[Path, dict[str, Any
     return _config(spec, chosen), common | changes
 
 
-def _config(spec: Spec, chosen: Mapping[str, Variant]) -> Path:
+def _config(spec: Spec, chosen: Mapping[str, Variant]) -> Path | None:
     named = {axis: variant.config for axis, variant in chosen.items() if variant.config is not None}
     if len(named) > 1:
         raise SpecError(f"Expected one axis to name a recipe, but got {', '.join(named)}. Join these axes.")
@@ -145,15 +145,15 @@ def _runs(spec: Spec, variants: Mapping[str, str], out: Path, resolve: Resolve) 
     """Return the runs of one combination; their command lines differ in the seed only."""
     path, changes = gather(spec, variants)
     first = Run(variants, spec.seeds[0], out)
-    recipe = load_file(path, "a recipe")
-    changes |= {"trainer.logger": _logger(first), "seed_everything": first.seed}
+    recipe = {} if path is None else load_file(path, "a recipe")
+    changes |= _place(spec, first) | {"seed_everything": first.seed}
     changed = copy.deepcopy(recipe)
     for key, value in changes.items():
         place(changed, key, value)
-    start = ["-c", os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path.resolve())]
+    start = [spec.command, *_named(path)]
     try:
         with _written(changed) as copied:
-            truth = resolve(["-c", str(copied)])
+            truth = resolve([spec.command, "-c", str(copied)])
         _check_checkpoints(truth)
         written = explicit(_short_logger(changes, recipe), truth, start, resolve)
     except SpecError as error:
@@ -163,14 +163,22 @@ def _runs(spec: Spec, variants: Mapping[str, str], out: Path, resolve: Resolve) 
         run = Run(variants, seed, out)
         mine = {key: _of_seed(run, key, value) for key, value in written.items()}
         config = copy.deepcopy(truth) | {"seed_everything": seed}
-        config["trainer"].pop("logger", None)
-        found.append(Run(variants, seed, out, ("fit", *start, *flags(mine)), config))
+        config.pop("out", None)
+        config.get("trainer", {}).pop("logger", None)
+        found.append(Run(variants, seed, out, (*start, *flags(mine)), config))
     return found
+
+
+def _named(path: Path | None) -> list[str]:
+    """Return the arguments that name a recipe, relative if it lies below the working directory."""
+    if path is None:
+        return []
+    return ["-c", os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path.resolve())]
 
 
 def _check_checkpoints(config: Config) -> None:
     """Refuse a folder of checkpoints that all runs would share, and in which none would find its own again."""
-    callbacks = config["trainer"].get("callbacks") or []
+    callbacks = config.get("trainer", {}).get("callbacks") or []
     for each in callbacks if isinstance(callbacks, list) else [callbacks]:
         folder = (each.get("init_args") or {}).get("dirpath")
         if folder is not None:
@@ -180,6 +188,11 @@ def _check_checkpoints(config: Config) -> None:
             )
 
 
+def _place(spec: Spec, run: Run) -> Config:
+    """Return the overrides that make a run write into its folder."""
+    return {"trainer.logger": _logger(run)} if spec.command == "fit" else {"out": str(run.folder)}
+
+
 def _logger(run: Run) -> Config:
     place = {"save_dir": str(run.out), "name": run.combination, "version": f"seed-{run.seed}"}
     return {"class_path": _LOGGER, "init_args": place}
@@ -187,6 +200,8 @@ def _logger(run: Run) -> Config:
 
 def _short_logger(changes: Mapping[str, Any], recipe: Config) -> dict[str, Any]:
     """Write the logger as flags of its settings, if the recipe has a logger of that class."""
+    if "trainer.logger" not in changes:
+        return dict(changes)
     trainer = recipe.get("trainer") or {}
     logger = trainer.get("logger", _LOGGER)
     name = logger.get("class_path", "") if isinstance(logger, dict) else logger
@@ -203,6 +218,8 @@ def _of_seed(run: Run, key: str, value: Any) -> Any:
     """Return an override of the first seed as that of another."""
     if key == "seed_everything":
         return run.seed
+    if key == "out":
+        return str(run.folder)
     if key == "trainer.logger.version":
         return f"seed-{run.seed}"
     if key == "trainer.logger":

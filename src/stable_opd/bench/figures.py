@@ -17,7 +17,7 @@ def values(rows: Sequence[Mapping[str, str]], column: str) -> list[tuple[int, fl
 
 
 def figure(rows: Sequence[Mapping[str, str]], metric: Metric) -> float | None:
-    """Return the figure of a run; none if it never logged it.
+    """Return the figure of a run; none if it never logged it, infinity if its bound was never exceeded.
 
     The last value is taken as it is. Elsewhere nan is left out: metrics are nan at a step that had nothing to measure.
 
@@ -25,12 +25,15 @@ def figure(rows: Sequence[Mapping[str, str]], metric: Metric) -> float | None:
         rows: Rows of its metrics.csv.
         metric: What is wanted.
     """
-    logged = [value for _, value in values(rows, metric.column)]
+    found = values(rows, metric.column)
     if metric.reduce == "last":
-        return logged[-1] if logged else None
-    logged = [value for value in logged if not math.isnan(value)]
-    if not logged:
+        return found[-1][1] if found else None
+    found = [(step, value) for step, value in found if not math.isnan(value)]
+    if not found:
         return None
+    if metric.above is not None:  # the row of a training step is numbered by the steps before it
+        return next((float(step) for step, value in found if value > metric.above), math.inf)
+    logged = [value for _, value in found]
     if metric.reduce == "mean":
         recent = logged[-metric.window :]
         return math.fsum(recent) / len(recent)

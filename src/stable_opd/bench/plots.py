@@ -11,7 +11,7 @@ from stable_opd.bench.expand import Run
 from stable_opd.bench.figures import values
 from stable_opd.bench.folder import is_finished, metric_rows
 from stable_opd.bench.results import Cell, Result, cells, combination
-from stable_opd.bench.spec import Spec
+from stable_opd.bench.spec import Plot, Spec
 
 #: More curves than this cannot be told apart by their colours.
 _CURVES = 10
@@ -35,10 +35,25 @@ def draw(spec: Spec, runs: Sequence[Run], results: Sequence[Result], out: Path) 
         _heat_map(Figure, spec, results).savefig(out / "heatmap.png", dpi=130)
         found.append("heatmap.png")
     finished = [run for run in runs if is_finished(run)]
-    if finished and len({run.combination for run in finished}) <= _CURVES:
-        _curves(Figure, spec, finished).savefig(out / "curves.png", dpi=130)
-        found.append("curves.png")
+    for name, plot in (spec.plots or _all_metrics(spec, finished)).items():
+        shown = [run for run in finished if shows(plot, run)]
+        if shown:
+            _curves(Figure, plot, shown, len(spec.seeds)).savefig(out / f"{name}.png", dpi=130)
+            found.append(f"{name}.png")
     return found
+
+
+def _all_metrics(spec: Spec, runs: Sequence[Run]) -> dict[str, Plot]:
+    """Return the picture of a spec that names none: every column, if its curves can be told apart."""
+    if spec.command != "fit" or len({run.combination for run in runs}) > _CURVES:
+        return {}
+    columns = dict.fromkeys(each.column for each in spec.metrics.values())
+    return {"curves": Plot({column: {"": column} for column in columns})}
+
+
+def shows(plot: Plot, run: Run) -> bool:
+    """Return whether a run is one of those in a picture."""
+    return all(run.variants[axis] in names for axis, names in plot.variants.items())
 
 
 def grid(spec: Spec, found: Mapping[str, Mapping[str, Cell]]) -> list[list[float]]:
@@ -80,29 +95,39 @@ def _heat_map(make: Any, spec: Spec, results: Sequence[Result]) -> Any:
     return figure
 
 
-def _curves(make: Any, spec: Spec, runs: Sequence[Run]) -> Any:
-    """Draw every column over the steps: mean over the seeds, and the range between the extremes."""
-    columns = list(dict.fromkeys(each.column for each in spec.metrics.values()))
-    figure = make(figsize=(4.2 * len(columns), 3.6), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(columns)))
+def _curves(make: Any, plot: Plot, runs: Sequence[Run], seeds: int) -> Any:
+    """Draw panels of columns over the steps: mean over the seeds, and the range between the extremes."""
+    figure = make(figsize=(4.2 * len(plot.panels), 3.6), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(plot.panels)))
     rows = {run.name: metric_rows(run.folder) for run in runs}
-    for axis, column in zip(axes, columns, strict=True):
-        for name in dict.fromkeys(run.combination for run in runs):
-            curves = [values(rows[run.name], column) for run in runs if run.combination == name]
-            _band(axis, [dict(each) for each in curves if each], " + ".join(name.split("+")))
-        axis.set(title=column, xlabel="optimizer step")
+    names = list(dict.fromkeys(run.combination for run in runs))
+    for axis, (title, columns) in zip(axes, plot.panels.items(), strict=True):
+        for name in names:
+            for label, column in columns.items():
+                curves = [values(rows[run.name], column) for run in runs if run.combination == name]
+                _band(axis, [dict(each) for each in curves if each], _label(name, label, len(names)))
+        axis.set(title=title, xlabel="optimizer step")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
+        if len(columns) > 1 or axis is axes[0]:
+            axis.legend(frameon=False, fontsize=8)
+    if seeds > 1:
+        figure.suptitle(f"Mean and range over {seeds} seeds", fontsize=9)
     return figure
 
 
+def _label(combination: str, column: str, combinations: int) -> str:
+    variants = " + ".join(combination.split("+"))
+    if not column:
+        return variants
+    return column if combinations == 1 else f"{variants}, {column}"
+
+
 def _band(axis: Any, curves: Sequence[Mapping[int, float]], label: str) -> None:
-    """Draw the steps that all seeds have."""
+    """Draw the steps that all seeds have; a step at which some had nothing to measure is of the others."""
     steps = sorted(set.intersection(*(set(each) for each in curves))) if curves else []
-    # Without a value too, so that a combination has the same colour in every panel.
-    table = np.array([[each[step] for step in steps] for each in curves]).reshape(len(curves) or 1, -1)
-    if not steps:
+    if not steps:  # without a value too, so that a combination has the same colour in every panel
         axis.plot([], [], label=label)
         return
+    table = np.ma.masked_invalid(np.array([[each[step] for step in steps] for each in curves]))
     (line,) = axis.plot(steps, table.mean(0), label=label)
     axis.fill_between(steps, table.min(0), table.max(0), color=line.get_color(), alpha=0.2, lw=0)

@@ -58,7 +58,7 @@ def find(config: Config, key: str) -> Any:
 
 
 def flags(overrides: Mapping[str, Any]) -> list[str]:
-    """Return overrides as arguments of `stable-opd fit`."""
+    """Return overrides as arguments of a command."""
     return [part for key, value in overrides.items() for part in (f"--{key}", argument(value))]
 
 
@@ -79,7 +79,7 @@ def explicit(overrides: Mapping[str, Any], truth: Config, start: Sequence[str], 
     Args:
         overrides: As they are written.
         truth: The resolved config of the recipe that has them in it.
-        start: The arguments before the flags.
+        start: The command and the arguments before the flags.
         resolve: Returns the config that arguments come to.
 
     Raises:
@@ -113,7 +113,10 @@ def differences(before: Any, after: Any, key: str = "") -> list[str]:
 
 
 def resolve(arguments: Sequence[str]) -> Config:
-    """Return the config that arguments of `stable-opd fit` come to, with all defaults.
+    """Return the config that arguments of `stable-opd` come to, with all defaults.
+
+    Args:
+        arguments: A command that takes a config, and what follows it.
 
     Raises:
         SpecError: If the command line refuses them; it says what the command line says.
@@ -124,7 +127,7 @@ def resolve(arguments: Sequence[str]) -> Config:
     status: Any = 0
     with _no_arguments(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
         try:
-            main(["fit", *arguments, "--print_config"])
+            main([*arguments, "--print_config"])
         except SystemExit as done:
             status = done.code
     if status:

@@ -12,7 +12,7 @@ from typing import Any
 from stable_opd.bench.expand import Run
 from stable_opd.bench.figures import figure
 from stable_opd.bench.folder import metric_rows, read_record, write_whole
-from stable_opd.bench.spec import Spec
+from stable_opd.bench.spec import Metric, Spec
 from stable_opd.bench.statistics import deviation, holm, mean, sign_flip
 
 
@@ -24,7 +24,8 @@ class Result:
         variants: Name of its variant, by axis.
         seed: Its seed.
         status: ``finished``, ``failed``, ``interrupted``, ``started``, ``outdated`` or ``missing``.
-        metrics: Its figures, if it is finished; none where it did not log the column.
+        metrics: Its figures, if it is finished; none where it did not log the column, infinity where a bound was never
+            exceeded.
         reason: Why it failed.
         command: Its command line.
         seconds: How long it took.
@@ -51,9 +52,11 @@ class Cell:
 
     Attributes:
         by_seed: Its values.
+        never: How many further seeds stayed within the bound of `reduce: first`.
     """
 
     by_seed: Mapping[int, float]
+    never: int = 0
 
     @property
     def mean(self) -> float | None:
@@ -118,11 +121,16 @@ def cells(spec: Spec, results: Sequence[Result]) -> dict[str, dict[str, Cell]]:
         found.setdefault(combination(result.variants), {})
     for name in found:
         mine = [each for each in results if combination(each.variants) == name]
-        found[name] = {
-            metric: Cell({each.seed: value for each in mine if (value := each.metrics.get(metric)) is not None})
-            for metric in spec.metrics
-        }
+        found[name] = {metric: _cell(metric, what, mine) for metric, what in spec.metrics.items()}
     return found
+
+
+def _cell(name: str, metric: Metric, results: Sequence[Result]) -> Cell:
+    by_seed = {each.seed: value for each in results if (value := each.metrics.get(name)) is not None}
+    if metric.reduce != "first":
+        return Cell(by_seed)
+    happened = {seed: value for seed, value in by_seed.items() if math.isfinite(value)}
+    return Cell(happened, len(by_seed) - len(happened))
 
 
 def combination(variants: Mapping[str, str]) -> str:

@@ -2,14 +2,15 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from stable_opd.bench.yamls import SpecError, load_file
 
-Reduction = Literal["last", "max", "min", "mean"]
+Command = Literal["fit", "detect"]
+Reduction = Literal["last", "max", "min", "mean", "first"]
 Better = Literal["higher", "lower"]
 
 #: Keys of a recipe that belong to the runner.
@@ -17,6 +18,7 @@ OWNED = {
     "config": "Name it as `config` of the spec or of a variant.",
     "seed_everything": "List the `seeds` of the spec.",
     "trainer.logger": "The runner logs into the folder of each run.",
+    "out": "The runner names the folder of each run.",
     "ckpt_path": "The runner resumes by itself.",
 }
 #: Columns of the usual table for mathematics, which `table: math` asks for.
@@ -32,15 +34,32 @@ class Metric:
 
     Attributes:
         column: Column of the run's metrics.csv.
-        reduce: How its values over the steps become one: the last, the largest, the smallest, or a mean of the last.
+        reduce: How its values over the steps become one: the last, the largest, the smallest, a mean of the last, or
+            the optimizer steps before the first that is above a bound.
         window: How many values that mean is over.
         better: Which values are the better ones; none marks nothing.
+        above: That bound.
     """
 
     column: str
     reduce: Reduction = "last"
     window: int = 10
     better: Better | None = None
+    above: float | None = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture of curves over the steps, in panels beside each other.
+
+    Attributes:
+        panels: Columns by what they are called in the legend, by title of the panel; a column without a name of its
+            own is called after the variant.
+        variants: The combinations that it shows: some names of some axes; all if it is empty.
+    """
+
+    panels: Mapping[str, Mapping[str, str]]
+    variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,7 @@ class Spec:
 
     Attributes:
         path: Where it was read.
-        config: The recipe.
+        config: The recipe; a command other than `fit` can do without.
         axes: Variants by name, by axis.
         seeds: Seeds of every combination.
         metrics: Figures by name; the first is drawn.
@@ -80,10 +99,12 @@ class Spec:
         options: What all runs change in the recipe, before their variants do.
         table: A further layout of the results.
         alpha: Largest p-value that counts as significant.
+        plots: Pictures of curves by name of the file; one of all metrics if it is empty.
+        command: What is run: `stable-opd fit` or `stable-opd detect`.
     """
 
     path: Path
-    config: Path
+    config: Path | None
     axes: Mapping[str, Mapping[str, Variant]]
     seeds: tuple[int, ...] = (0,)
     metrics: Mapping[str, Metric] = field(default_factory=lambda: dict(METRICS))
@@ -92,6 +113,8 @@ class Spec:
     options: Mapping[str, Any] = field(default_factory=dict)
     table: Literal["math"] | None = None
     alpha: float = 0.05
+    plots: Mapping[str, Plot] = field(default_factory=dict)
+    command: Command = "fit"
 
 
 def read(path: Path) -> Spec:
@@ -102,27 +125,36 @@ def read(path: Path) -> Spec:
     """
     given = _mapping(load_file(path, "a benchmark spec"), "the spec")
     _known("key of the spec", given, [each.name for each in fields(Spec) if each.name != "path"])
-    for key in ("config", "axes"):
+    command = _command(given.get("command", "fit"))
+    for key in ("config", "axes") if command == "fit" else ("axes",):
         if key not in given:
             raise SpecError(f"Expected `{key}` in {path}, but got only {_list(given)}. Add it.")
     axes = _axes(given["axes"], path.parent)
-    found: dict[str, Any] = {"path": path, "config": _recipe(given["config"], path.parent, "`config`"), "axes": axes}
-    if "seeds" in given:
-        found["seeds"] = _seeds(given["seeds"])
-    if "metrics" in given:
-        found["metrics"] = _metrics(given["metrics"])
-    if "options" in given:
-        found["options"] = _overrides(_mapping(given["options"], "`options`"), "`options`")
-    if "exclude" in given:
-        found["exclude"] = tuple(_exclusion(each, axes) for each in _sequence(given["exclude"], "`exclude`"))
-    if given.get("baseline") is not None:
-        found["baseline"] = _combination(given["baseline"], axes)
-    if given.get("table") not in (None, "math"):
-        raise SpecError(f"Expected `table: math` or no table, but got {given['table']!r}. Change or remove it.")
-    found["table"] = given.get("table")
-    if "alpha" in given:
-        found["alpha"] = _alpha(given["alpha"])
-    return Spec(**found)
+    readers: dict[str, Callable[[Any], Any]] = {
+        "config": lambda each: _recipe(each, path.parent, "`config`"),
+        "seeds": _seeds,
+        "metrics": _metrics,
+        "options": lambda each: _overrides(_mapping(each, "`options`"), "`options`"),
+        "exclude": lambda each: tuple(_exclusion(entry, axes) for entry in _sequence(each, "`exclude`")),
+        "plots": lambda each: _plots(each, axes),
+        "baseline": lambda each: None if each is None else _combination(each, axes),
+        "table": _table,
+        "alpha": _alpha,
+    }
+    found = {key: reader(given[key]) for key, reader in readers.items() if key in given}
+    return Spec(path=path, axes=axes, command=command, **{"config": None, **found})
+
+
+def _command(given: Any) -> Command:
+    if given not in get_args(Command):
+        raise SpecError(f"Expected `command` out of {_list(get_args(Command))}, but got {given!r}. Change it.")
+    return cast(Command, given)
+
+
+def _table(given: Any) -> Literal["math"] | None:
+    if given not in (None, "math"):
+        raise SpecError(f"Expected `table: math` or no table, but got {given!r}. Change or remove it.")
+    return cast(Literal["math"] | None, given)
 
 
 def _axes(given: Any, folder: Path) -> dict[str, dict[str, Variant]]:
@@ -186,7 +218,23 @@ def _metric(given: Any, where: str) -> Metric:
         raise SpecError(f"Expected `window` of {where} to be a positive integer, but got {window!r}. Change it.")
     if "window" in given and given.get("reduce") != "mean":
         raise SpecError(f"Expected `window` only beside `reduce: mean`, but got it in {where}. Remove one of them.")
+    _check_bound(given, where)
     return Metric(**given)
+
+
+def _check_bound(given: Mapping[Any, Any], where: str) -> None:
+    if (given.get("reduce") == "first") != ("above" in given):
+        raise SpecError(
+            f"Expected `reduce: first` and `above` together, but got one of them in {where}. Add or remove one."
+        )
+    above = given.get("above", 0)
+    if isinstance(above, bool) or not isinstance(above, int | float):
+        raise SpecError(f"Expected `above` of {where} to be a number, but got {above!r}. Change it.")
+    if "above" in given and given.get("better") is not None:
+        raise SpecError(
+            f"Expected no `better` beside `reduce: first`, but got it in {where}: seeds in which it never happens "
+            "have no figure that could be compared. Remove it."
+        )
 
 
 def _exclusion(given: Any, axes: Mapping[str, Mapping[str, Variant]]) -> dict[str, tuple[str, ...]]:
@@ -195,11 +243,44 @@ def _exclusion(given: Any, axes: Mapping[str, Mapping[str, Variant]]) -> dict[st
         raise SpecError(
             "Expected axes in every entry of `exclude`, but got an empty one. It would leave out everything."
         )
-    _known("axis in `exclude`", entry, axes)
+    return _selection(entry, "`exclude`", axes)
+
+
+def _selection(
+    entry: Mapping[Any, Any], where: str, axes: Mapping[str, Mapping[str, Variant]]
+) -> dict[str, tuple[str, ...]]:
+    """Return the variants that are named, by axis; one alone needs no list."""
+    _known(f"axis in {where}", entry, axes)
     found = {}
     for axis, names in entry.items():
         found[axis] = tuple(str(each) for each in (names if isinstance(names, list) else [names]))
-        _known(f"variant of axis {axis!r} in `exclude`", found[axis], axes[axis])
+        _known(f"variant of axis {axis!r} in {where}", found[axis], axes[axis])
+    return found
+
+
+def _plots(given: Any, axes: Mapping[str, Mapping[str, Variant]]) -> dict[str, Plot]:
+    plots = _mapping(given, "`plots`")
+    return {_name(name, "a plot"): _plot(each, f"plot {name!r}", axes) for name, each in plots.items()}
+
+
+def _plot(given: Any, where: str, axes: Mapping[str, Mapping[str, Variant]]) -> Plot:
+    given = _mapping(given, where)
+    _known(f"key of {where}", given, [each.name for each in fields(Plot)])
+    panels = _mapping(given.get("panels", {}), f"`panels` of {where}")
+    if not panels:
+        raise SpecError(f"Expected at least one panel in {where}, but got none. Write `panels: {{title: column}}`.")
+    found = {str(title): _panel(each, f"panel {title!r} of {where}") for title, each in panels.items()}
+    variants = _mapping(given.get("variants", {}), f"`variants` of {where}")
+    return Plot(found, _selection(variants, f"`variants` of {where}", axes))
+
+
+def _panel(given: Any, where: str) -> dict[str, str]:
+    found = {"": given} if isinstance(given, str) else dict(_mapping(given, where))
+    for name, column in found.items():
+        if not isinstance(name, str) or not isinstance(column, str):
+            raise SpecError(
+                f"Expected {where} to be a column of metrics.csv, or columns by name, but got {column!r}. Change it."
+            )
     return found
 
 

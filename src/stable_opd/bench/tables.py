@@ -27,9 +27,10 @@ def page(spec: Spec, results: Sequence[Result], pictures: Sequence[str] = ()) ->
     """
     found = cells(spec, results)
     parts = [f"# {spec.path.stem}", _head(spec, results), main_table(spec, found)]
-    parts += [significance(spec, found)]
-    if spec.baseline is not None:
-        parts.append(baseline_table(spec, found))
+    if any(metric.better for metric in spec.metrics.values()):
+        parts.append(significance(spec, found))
+        if spec.baseline is not None:
+            parts.append(baseline_table(spec, found))
     if spec.table == "math":
         parts += ["## Mathematics", "Per cent, mean ± standard deviation over seeds.", math_table(spec, found)]
     parts += [f"![{each}]({each})" for each in pictures]
@@ -94,7 +95,7 @@ def baseline_table(spec: Spec, found: Cells) -> str:
     """Return the differences of all combinations to the baseline."""
     assert spec.baseline is not None
     base = combination({axis: spec.baseline[axis] for axis in spec.axes})
-    by_metric = {metric: against_baseline(spec, found, metric) for metric in spec.metrics}
+    by_metric = {name: against_baseline(spec, found, name) for name, each in spec.metrics.items() if each.better}
     rows = []
     for name in found:
         if name != base:
@@ -102,7 +103,7 @@ def baseline_table(spec: Spec, found: Cells) -> str:
             rows.append(
                 [name, *("-" if each is None else f"{each.difference:+.3g} (p = {each.p:.2g})" for each in pairs)]
             )
-    return f"Differences to {base}:\n\n" + markdown([" + ".join(spec.axes), *spec.metrics], rows)
+    return f"Differences to {base}:\n\n" + markdown([" + ".join(spec.axes), *by_metric], rows)
 
 
 def math_table(spec: Spec, found: Cells) -> str:
@@ -133,12 +134,17 @@ def _plain(name: str) -> str:
 
 
 def text(cell: Cell, seeds: int) -> str:
-    """Return mean and standard deviation; how many seeds there are, if fewer than there should be."""
+    """Return mean and standard deviation; how many seeds there are, if fewer than there should be.
+
+    Where a bound was not exceeded in some seeds: the mean over those in which it was, and how many these are.
+    """
+    measured = len(cell.by_seed) + cell.never
+    lack = f" (n = {measured})" if measured < seeds else ""
     if cell.mean is None:
-        return "-"
+        return f"never{lack}" if cell.never else "-"
     spread = "" if cell.deviation is None else f" ± {cell.deviation:.2g}"
-    lack = f" (n = {len(cell.by_seed)})" if len(cell.by_seed) < seeds else ""
-    return f"{cell.mean:.3g}{spread}{lack}"
+    share = f" in {len(cell.by_seed)} of {measured}" if cell.never else ""
+    return f"{cell.mean:.3g}{spread}{share}{lack}"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -157,20 +163,28 @@ def _head(spec: Spec, results: Sequence[Result]) -> str:
     seconds = sum(each.seconds or 0.0 for each in results)
     return "\n".join(
         [
-            f"Mean ± standard deviation over seeds {', '.join(map(str, spec.seeds))}. {done} of {len(results)} runs "
-            f"are finished; together they took {seconds / 60:.1f} minutes.",
+            f"{_statistic(spec)} {done} of {len(results)} runs are finished; together they took "
+            f"{seconds / 60:.1f} minutes.",
             "",
             *(f"- `{name}`: {describe(metric)}" for name, metric in spec.metrics.items()),
             "",
-            f"Made by `stable-opd bench` with {' or '.join(sorted(versions)) or 'nothing yet'}"
+            f"Made by `stable-opd bench {spec.path}` with {' or '.join(sorted(versions)) or 'nothing yet'}"
             + (f", at commit {' or '.join(sorted(commits))}" if commits else "")
             + (f", on {' or '.join(sorted(hosts))}." if hosts else "."),
         ]
     )
 
 
+def _statistic(spec: Spec) -> str:
+    if len(spec.seeds) == 1:
+        return f"One run of each, with seed {spec.seeds[0]}."
+    return f"Mean ± standard deviation over seeds {', '.join(map(str, spec.seeds))}."
+
+
 def describe(metric: Metric) -> str:
     """Return what a metric is, in words."""
+    if metric.above is not None:
+        return f"optimizer steps before {metric.column} first exceeds {metric.above:g}"
     words = {"last": "last", "max": "largest", "min": "smallest", "mean": f"mean of the last {metric.window} of"}
     return f"{words[metric.reduce]} {metric.column}"
 
