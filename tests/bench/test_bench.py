@@ -306,4 +306,4 @@ def test_detectors_are_compared_without_a_recipe(tmp_path):
     page = (tmp_path / "out/results.md").read_text()
     assert "| 18 | 1 ± 0 |" in page
     assert "| 99 | 0 ± 0 |" in page
-    assert "stable-opd detect --texts 3" in page
+    assert "stable-opd detect --budget 60" in page

@@ -1,6 +1,7 @@
 """The command `stable-opd detect`: try a detector on a data set of one's own before a run relies on it."""
 
 import csv
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,14 +12,10 @@ from stable_opd.repetition.trial import Trial
 
 
 def detect(args: Sequence[str]) -> None:
-    """Try a repetition detector on labelled loops and on golden texts: how late it is, and how often in vain.
-
-    Args:
-        args: What follows `stable-opd detect`.
-    """
+    """Try a repetition detector on labelled loops and on golden texts: how late it is, and how often in vain."""
     from stable_opd.cli import Parser  # which knows this command
 
-    parser = Parser(prog="stable-opd detect", description=detect.__doc__.partition("\n")[0] if detect.__doc__ else None)
+    parser = Parser(prog="stable-opd detect", description=inspect.getdoc(detect) or "")
     parser.add_argument("-c", "--config", action="config", help="YAML file with what stands below")
     parser.add_function_arguments(measure)
     parser.add_argument("--out", type=str | None, help="folder for config.yaml and metrics.csv; none only prints")
@@ -73,7 +70,7 @@ def measure(
         raise ValueError(f"Expected {tokenizer} to have a stop token, but got none. Set eos_token in its tokenizer.")
 
     def decode(rows: Sequence[Sequence[int]]) -> list[str]:
-        found: list[str] = words.batch_decode(rows, skip_special_tokens=True)
+        found: list[str] = words.batch_decode(list(map(list, rows)), skip_special_tokens=True)
         return found
 
     trial = Trial(golden, decode, words.eos_token_id, periods, budget, every, seed_everything)
