@@ -28,6 +28,7 @@ from stable_opd.registry import Component, build, components
 from stable_opd.repetition import PeriodicSuffix, RepetitionDetector, ZlibRepetition
 from stable_opd.samplers import Sampler, Temperature, TopP
 from stable_opd.schedules import Cosine, Linear, Schedule
+from stable_opd.sources import Columns, EvaluationSet, Source
 from stable_opd.tasks import ExactMatch, MathVerify, ModularChains, Task
 from stable_opd.teachers import LocalTeacher, Teacher
 from stable_opd.types import Author, Evidence, Finish, Plan, Prompts, Repetition, Rollout, Scores, TokenLoss
@@ -38,11 +39,13 @@ __all__ = [
     "AdvantageDivergence",
     "AdvantageTransform",
     "Author",
+    "Columns",
     "Component",
     "Constraint",
     "Controller",
     "Cosine",
     "Divergence",
+    "EvaluationSet",
     "Evidence",
     "ExactMatch",
     "Finish",
@@ -74,6 +77,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Scores",
+    "Source",
     "StudentOnly",
     "Task",
     "Teacher",
