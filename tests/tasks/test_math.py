@@ -140,10 +140,27 @@ def test_a_process_that_is_killed_by_others_is_replaced_and_the_answer_graded(ta
     assert task.ungraded == 0
 
 
-def test_a_process_without_enough_memory_grades_nothing():
+def test_a_process_that_cannot_start_is_no_wrong_answer():
     task = MathVerify(memory=24)
-    assert task.grade(r"\boxed{\frac{3}{6}}", {"answer": "0.5"}) == 0.0
-    assert task.ungraded == 1
+    with pytest.raises(
+        RuntimeError, match=r"load in 24 MiB, but its process ended with \d+\. Give the task more memory"
+    ):
+        task.grade(r"\boxed{\frac{3}{6}}", {"answer": "0.5"})
+
+
+def test_an_interrupted_answer_leaves_no_verdict_for_the_next(task):
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    process_of(task)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            task.grade(HOSTILE, {"answer": "7"})
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert [task.grade(rf"\boxed{{{n}.0}}", {"answer": "1"}) for n in (1, 2, 1)] == [1.0, 0.0, 1.0]
 
 
 def test_memory_is_limited(task):

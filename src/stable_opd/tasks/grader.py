@@ -1,8 +1,8 @@
 """The process in which answers are compared: a script of its own, which needs Math-Verify and nothing of this package.
 
-It reads a line of JSON with the right and the given answer, and writes whether they are equal. The limits are the
-kernel's: a timer without a handler ends the process in the midst of C code, where a handler of Python's would wait for
-that code to return. So no answer outlives its time, even if nobody is left who waits for it.
+It says that it is ready, then reads lines of JSON, each the right and the given answer, and writes whether they are
+equal. The limits are the kernel's: a timer without a handler ends the process in the midst of C code, where a handler
+of Python's would wait for that code to return. So no answer outlives its time, even if nobody is left who waits.
 """
 
 import json
@@ -11,6 +11,10 @@ import os
 import resource
 import signal
 import sys
+from typing import TextIO
+
+#: What is said before the first answer.
+READY = "ready"
 
 
 def equal(right: str, given: str) -> bool:
@@ -29,21 +33,26 @@ def limit_memory(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def serve(seconds: float) -> None:
+def serve(seconds: float, answers: TextIO) -> None:
     """Answer line by line until there is nobody who asks."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
     for line in sys.stdin:
         right, given = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         verdict = equal(right, given)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        answers.write(f"{int(verdict)}\n")
-        answers.flush()
+        print(int(verdict), file=answers, flush=True)
+
+
+def main(seconds: float, memory: int) -> None:
+    """Load what is needed, say so, and serve."""
+    logging.disable()
+    limit_memory(memory)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
+    if equal("0.5", "\\frac{1}{2}"):
+        print(READY, file=answers, flush=True)
+        serve(seconds, answers)
 
 
 if __name__ == "__main__":
-    logging.disable()
-    limit_memory(int(sys.argv[2]))
-    equal("1", "1")  # loads what is needed before the clock ticks
-    serve(float(sys.argv[1]))
+    main(float(sys.argv[1]), int(sys.argv[2]))

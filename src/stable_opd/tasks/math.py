@@ -12,16 +12,15 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+from stable_opd.tasks import grader
 from stable_opd.tasks.base import Task, right_answer
 
 log = logging.getLogger(__name__)
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _SAID = re.compile(r"(?:####|(?:answer is|answer:)(?:\*\*)?)[ \t]*:?\s*([^\n]+)", re.IGNORECASE)
-_GRADER = Path(__file__).with_name("grader.py")
 
 
 def final_answer(solution: str) -> str | None:
@@ -136,14 +135,19 @@ class Grader:
 
     def __init__(self, seconds: float, memory: int) -> None:
         # Without its folder in the search path, whose modules have common names.
-        self.command = [sys.executable, "-P", str(_GRADER), str(seconds), str(memory << 20)]
+        self.command = [sys.executable, "-P", grader.__file__, str(seconds), str(memory << 20)]
+        self.memory = memory
         self.process_id = os.getpid()
         self._turn = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._end: Callable[[], object] = lambda: None
 
     def equal(self, right: str, given: str) -> bool | None:
-        """Whether two answers have the same value; None if that cannot be told within the limits."""
+        """Whether two answers have the same value; None if that cannot be told within the limits.
+
+        Raises:
+            RuntimeError: If the process cannot start.
+        """
         with self._turn:
             used = self._process is not None
             verdict, ended = self._ask(right, given)
@@ -154,18 +158,17 @@ class Grader:
 
     def _ask(self, right: str, given: str) -> tuple[str, int | None]:
         """Return what the process says, or nothing and how it ended."""
-        process = self._process = self._process or self._start()
+        process, self._process = self._process or self._start(), None
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps([right, given]) + "\n")
             process.stdin.flush()
         verdict = process.stdout.readline().strip()  # ends when the process does, which has its limits
-        if verdict:
-            return verdict, None
-        self._process = None
-        self._end()
-        return "", process.returncode
+        if not verdict:
+            return "", self._ended(process)
+        self._process = process  # not before, so that whoever is interrupted here leaves no verdict for the next answer
+        return verdict, None
 
     def _start(self) -> "subprocess.Popen[str]":
         """Start a process, in a session of its own, so that Ctrl-C is for us alone."""
@@ -178,7 +181,21 @@ class Grader:
             start_new_session=True,
         )
         self._end = weakref.finalize(self, _end, process, self.process_id)
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != grader.READY:
+            ended = self._ended(process)
+            raise RuntimeError(
+                f"Expected Math-Verify to load in {self.memory} MiB, but its process ended with {ended}. Give the task "
+                "more memory, or see what `python -c 'import math_verify'` says."
+            )
         return process
+
+    def _ended(self, process: "subprocess.Popen[str]") -> int:
+        """Return how a process ended that writes no more."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        self._end()
+        return process.returncode
 
 
 def _end(process: "subprocess.Popen[str]", owner: int) -> None:
