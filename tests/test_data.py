@@ -323,6 +323,28 @@ def test_evaluation_batches_hold_every_example_in_order(prepare, tmp_path):
     assert all(batch.task is task for batch in batches)
 
 
+def test_each_evaluation_set_has_a_loader_whose_batches_hold_as_many_answers_as_allowed(prepare, tmp_path):
+    first, second = (write_jsonl(tmp_path / f"{name}.jsonl", RECORDS[:size]) for name, size in (("a", 9), ("b", 3)))
+    task = ModularChains()
+    sets = {
+        "many": EvaluationSet(first, samples=3),
+        "few": EvaluationSet(second, samples=0, task=task),
+        "more": EvaluationSet(second, samples=10, temperature=0.5),
+    }
+    data = PromptDataModule(validation=sets, eval_batch_size=6)
+    assert data.most_answers == 0
+    batches = [list(loader) for loader in prepare(data, "validate").val_dataloader()]
+    assert [[len(batch) for batch in each] for each in batches] == [[2, 2, 2, 2, 1], [3], [1, 1, 1]]
+    assert data.most_answers == 10
+    assert [each[0].task for each in batches] == [None, task, None]
+    options = [each[0].evaluation for each in batches]
+    assert [(each.name, each.samples, each.temperature) for each in options] == [
+        ("many", 3, None),
+        ("few", 0, None),
+        ("more", 10, 0.5),
+    ]
+
+
 def test_fit_without_validation_data_has_no_validation(prepare, tmp_path):
     data = prepare(PromptDataModule(Source(write_jsonl(tmp_path / "a.jsonl", RECORDS)), batch_size=3))
     assert data.val_dataloader() == []

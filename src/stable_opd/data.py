@@ -80,7 +80,11 @@ class PromptDataModule(LightningDataModule):
     @property
     def most_answers(self) -> int:
         """Answers of the largest evaluation batch; 0 before the sets are loaded."""
-        return max((self._answers(name) for name in self.validation if self._split(name) in self.examples), default=0)
+        sizes = [
+            min(self._prompts(source), len(self.examples.get(self._split(name), []))) * max(1, source.samples)
+            for name, source in self.validation.items()
+        ]
+        return max(sizes, default=0)
 
     def setup(self, stage: str) -> None:
         """Read, tokenise and filter what the stage needs.
@@ -125,7 +129,7 @@ class PromptDataModule(LightningDataModule):
             rank=trainer.global_rank,
             steps_done=lambda: trainer.global_step,
         )
-        return self._loader("train", self.batch_size, sampler=sampler, drop_last=True)
+        return self._loader("train", self.batch_size, sampler, partial(_collate, task=self.task), drop_last=True)
 
     def val_dataloader(self) -> list[DataLoader[Example]]:
         """Return the evaluation prompts, each once: a loader for each set."""
@@ -134,8 +138,9 @@ class PromptDataModule(LightningDataModule):
         loaders = []
         for name, source in self.validation.items():
             mine = range(trainer.global_rank, len(self.examples[self._split(name)]), self._world_size)
-            prompts = max(1, self.eval_batch_size // max(1, source.samples))
-            loaders.append(self._loader(self._split(name), prompts, sampler=list(mine), name=name))
+            options = EvaluationOptions(name, source.samples, source.temperature)
+            collate = partial(_collate, task=source.task or self.task, evaluation=options)
+            loaders.append(self._loader(self._split(name), self._prompts(source), list(mine), collate))
         return loaders
 
     def test_dataloader(self) -> Any:
@@ -159,24 +164,19 @@ class PromptDataModule(LightningDataModule):
         self.examples[split] = reader.read(split, source)
 
     def _loader(
-        self, split: str, batch_size: int, sampler: Any, drop_last: bool = False, name: str | None = None
+        self, split: str, batch_size: int, sampler: Any, collate: Any, drop_last: bool = False
     ) -> DataLoader[Example]:
-        examples = list(enumerate(self.examples[split]))
-        task, evaluation = self.task, None
-        if name is not None:
-            source = self.validation[name]
-            task, evaluation = source.task or task, EvaluationOptions(name, source.samples, source.temperature)
         return DataLoader(
-            examples,  # type: ignore[arg-type]
+            list(enumerate(self.examples[split])),  # type: ignore[arg-type]
             batch_size=batch_size,  # by keyword, as trainers that rebuild the loader expect
             sampler=sampler,
-            collate_fn=partial(_collate, task=task, evaluation=evaluation),
+            collate_fn=collate,
             drop_last=drop_last,
         )
 
-    def _answers(self, name: str) -> int:
-        samples = max(1, self.validation[name].samples)
-        return min(max(1, self.eval_batch_size // samples), len(self.examples[self._split(name)])) * samples
+    def _prompts(self, source: EvaluationSet) -> int:
+        """Return how many prompts of a set make a batch."""
+        return max(1, self.eval_batch_size // max(1, source.samples))
 
     @staticmethod
     def _split(name: str) -> str:
@@ -228,7 +228,9 @@ class ResumableSampler(DistributedSampler[Any]):
         return len(self.dataset) // (self.batch_size * self.num_replicas) * self.batch_size  # type: ignore[arg-type]
 
 
-def _collate(examples: list[tuple[int, Example]], task: Task | None, evaluation: EvaluationOptions | None) -> Prompts:
+def _collate(
+    examples: list[tuple[int, Example]], task: Task | None, evaluation: EvaluationOptions | None = None
+) -> Prompts:
     return Prompts(
         ids=[example.ids for _, example in examples],
         golden=[example.golden for _, example in examples],

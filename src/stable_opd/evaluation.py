@@ -126,11 +126,11 @@ class Evaluation:
         metrics["repetition_rate"].update(found.repetitive)
         metrics["length"].update(rollout.lengths)
         if prompts.task is not None:
-            right = torch.tensor(graded, device=rollout.lengths.device)
-            metrics["accuracy"].update(right)
-            metrics["finished_accuracy"].update(right * ~rollout.truncated)
+            marks = torch.tensor(graded, device=rollout.lengths.device)
+            metrics["accuracy"].update(marks)
+            metrics["finished_accuracy"].update(marks * ~rollout.truncated)
             if "pass_at_k" in metrics:
-                metrics["pass_at_k"].update(right.view(-1, answers.samples))
+                metrics["pass_at_k"].update(marks.view(-1, answers.samples))
         return found, graded
 
     def compute(self) -> dict[str, Tensor]:

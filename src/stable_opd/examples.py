@@ -80,10 +80,10 @@ class Reader:
         if not examples:
             why = f"all {len(table)} were dropped ({reasons})" if len(table) else "it is empty"
             raise ValueError(f"Expected at least one example in {source.path}, but {why}.")
-        if source.part and len(found) < source.part[1] - source.part[0]:
+        if not found:
             raise ValueError(
-                f"Expected enough examples in {source.path} for the part {list(source.part)}, but only {len(examples)} "
-                f"are left{suffix}. Take a smaller part, or loosen the filters."
+                f"Expected some examples of {source.path} in the part {list(source.part or ())}, but there are only "
+                f"{len(examples)}{suffix}. Take an earlier part, or loosen the filters."
             )
         return found
 
@@ -123,7 +123,8 @@ class Reader:
         after = f"\n{self.instruction}" if self.instruction else ""
         if self.chat_template:
             messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + after}]
+            if after:
+                messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + after}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         elif isinstance(prompt, str):
             text = prompt + after

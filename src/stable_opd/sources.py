@@ -40,7 +40,8 @@ class Source:
         split: Which split of a folder or of a hub's dataset.
         subset: Which configuration of a hub's dataset.
         part: Which of the examples that the filters leave, as [start, end): they are shuffled first, always in the same
-            way, so parts that do not overlap share nothing. None takes all, in the order of the file.
+            way, so parts that do not overlap share nothing, and the last may be shorter than asked for. None takes all,
+            in the order of the file.
     """
 
     path: str

@@ -48,8 +48,8 @@ class PassAtK(ExactMetric):
         super().__init__(**kwargs)
         self.samples = samples
         self.ks = sorted({*(1 << power for power in range(1, samples.bit_length())), samples})
-        self.add_state("passed", torch.zeros(len(self.ks), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("prompts", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("passed", torch.zeros(len(self.ks)), dist_reduce_fx="sum")
+        self.add_state("prompts", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, grades: Tensor) -> None:
         """Count prompts.
@@ -57,8 +57,8 @@ class PassAtK(ExactMetric):
         Args:
             grades: Grades of the answers to each prompt, (P, samples); right is a grade of 1.
         """
-        right = (grades >= 1).sum(-1)
-        self.passed += torch.stack([pass_at_k(right, self.samples, k).sum() for k in self.ks])
+        right = (grades >= 1).sum(-1).cpu()  # not every device knows float64
+        self.passed += torch.stack([pass_at_k(right, self.samples, k).sum() for k in self.ks]).to(self.passed)
         self.prompts += len(right)
 
     def compute(self) -> dict[str, Tensor]:
