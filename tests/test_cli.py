@@ -504,8 +504,8 @@ def test_trainer_of_python_and_of_the_command_line_agree(
         ReferenceKL,
         SampledReverseKL,
     )
-    from stable_opd.data import Source
     from stable_opd.options import RolloutOptions
+    from stable_opd.sources import EvaluationSet, Source
 
     main(["fit", "-c", recipe()])
     seed_everything(0)
@@ -518,7 +518,7 @@ def test_trainer_of_python_and_of_the_command_line_agree(
         {"anchor": ReferenceKL(0.1)},
         rollout=RolloutOptions(2, 10),
     )
-    data = PromptDataModule(Source(train_path), Source(validation_path), ModularChains(), batch_size=8)
+    data = PromptDataModule(Source(train_path), EvaluationSet(validation_path), ModularChains(), batch_size=8)
     make_trainer(max_steps=2).fit(module, datamodule=data)
     for name, tensor in student_of(checkpoint()).items():
         torch.testing.assert_close(module.state_dict()[name], tensor, rtol=0, atol=0)

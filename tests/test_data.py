@@ -9,7 +9,8 @@ from lightning.pytorch import Trainer
 
 from helpers import EOS, TOKENIZER, problems, save, tiny_model, write_jsonl
 from stable_opd import LocalTeacher, ModularChains, OPDModule, PeriodicSuffix, PromptDataModule, ReverseKL, StudentOnly
-from stable_opd.data import Columns, ResumableSampler, Source
+from stable_opd.data import ResumableSampler
+from stable_opd.sources import Columns, EvaluationSet, Source
 
 RECORDS = problems(9, seed=4)
 
@@ -199,7 +200,7 @@ def test_length_filters_report_what_they_dropped(prepare, tmp_path, log_text):
         {"prompt": "Q 1 + 1 + 1 ;", "golden": "1 + 1 = 2 ; 2 + 1 = 3 ; # 3"},  # both; counted once
     ]
     path = write_jsonl(tmp_path / "a.jsonl", records)
-    data = PromptDataModule(Source(path), Source(path), batch_size=2, max_prompt_tokens=3, max_golden_tokens=6)
+    data = PromptDataModule(Source(path), EvaluationSet(path), batch_size=2, max_prompt_tokens=3, max_golden_tokens=6)
     prepare(data)
     assert [dict(example.fields) for example in data.examples["train"]] == [records[0], records[3]]
     # Evaluation needs no golden solution, so its length does not matter there.
@@ -313,12 +314,35 @@ def test_training_batches_hold_each_example_of_an_epoch_once(prepare, tmp_path):
 
 
 def test_evaluation_batches_hold_every_example_in_order(prepare, tmp_path):
-    source = Source(write_jsonl(tmp_path / "a.jsonl", RECORDS))
+    source = EvaluationSet(write_jsonl(tmp_path / "a.jsonl", RECORDS))
     task = ModularChains()
     data = prepare(PromptDataModule(validation=source, task=task, eval_batch_size=4), "validate")
-    batches = list(data.val_dataloader())
+    (loader,) = data.val_dataloader()
+    batches = list(loader)
     assert [list(batch.index) for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
     assert all(batch.task is task for batch in batches)
+
+
+def test_each_evaluation_set_has_a_loader_whose_batches_hold_as_many_answers_as_allowed(prepare, tmp_path):
+    first, second = (write_jsonl(tmp_path / f"{name}.jsonl", RECORDS[:size]) for name, size in (("a", 9), ("b", 3)))
+    task = ModularChains()
+    sets = {
+        "many": EvaluationSet(first, samples=3),
+        "few": EvaluationSet(second, samples=0, task=task),
+        "more": EvaluationSet(second, samples=10, temperature=0.5),
+    }
+    data = PromptDataModule(validation=sets, eval_batch_size=6)
+    assert data.most_answers == 0
+    batches = [list(loader) for loader in prepare(data, "validate").val_dataloader()]
+    assert [[len(batch) for batch in each] for each in batches] == [[2, 2, 2, 2, 1], [3], [1, 1, 1]]
+    assert data.most_answers == 10
+    assert [each[0].task for each in batches] == [None, task, None]
+    options = [each[0].evaluation for each in batches]
+    assert [(each.name, each.samples, each.temperature) for each in options] == [
+        ("many", 3, None),
+        ("few", 0, None),
+        ("more", 10, 0.5),
+    ]
 
 
 def test_fit_without_validation_data_has_no_validation(prepare, tmp_path):

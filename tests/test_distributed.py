@@ -33,7 +33,7 @@ def recipe(student_path, teacher_path, train_path, validation_path, tmp_path, mo
             "class_path": "PromptDataModule",
             "init_args": {
                 "train": {"path": train_path},
-                "validation": {"path": validation_path},
+                "validation": {"one": {"path": validation_path}, "two": {"path": validation_path, "samples": 2}},
                 "task": "ModularChains",
             },
         },

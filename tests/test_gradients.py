@@ -20,10 +20,10 @@ from stable_opd import (
     ReverseKL,
     TransformersEngine,
 )
-from stable_opd.data import Source
 from stable_opd.gradients import compare_gradients
 from stable_opd.models import load_model
 from stable_opd.options import RolloutOptions, UpdateOptions
+from stable_opd.sources import Source
 
 RATE = 0.1
 

@@ -17,7 +17,6 @@ from stable_opd import (
     StudentOnly,
     Teacher,
 )
-from stable_opd.data import Source
 from stable_opd.engines.decoder import Decoder
 from stable_opd.memory import MemoryPlan, activation_bytes, cache_bytes, plan_memory
 from stable_opd.models import frozen_copy
@@ -25,6 +24,7 @@ from stable_opd.offload import module_bytes
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.readers import Readers
 from stable_opd.scoring import body
+from stable_opd.sources import Source
 
 MIB, GIB = 2**20, 2**30
 SHAPES = {
@@ -115,7 +115,7 @@ def plan(teacher_path):
         update = UpdateOptions(micro_batch_tokens=options.pop("tokens", 200), offload=offload)
         defaults = {
             "prompts": 6,
-            "eval_prompts": 3,
+            "eval_answers": 3,
             "longest_prompt": 13,
             "vocabulary": VOCABULARY,
             "compute": torch.float32,
@@ -126,7 +126,7 @@ def plan(teacher_path):
 
 
 def test_evaluation_may_write_more_rows_than_training(plan):
-    assert plan(eval_prompts=25).rollout["cache"] == plan().rollout["cache"] * 25 // 24
+    assert plan(eval_answers=25).rollout["cache"] == plan().rollout["cache"] * 25 // 24
 
 
 def test_mixed_precision_keeps_the_weights_in_both(plan):

@@ -42,8 +42,8 @@ from stable_opd import (
     TokenLoss,
     TransformersEngine,
 )
-from stable_opd.data import Source
 from stable_opd.options import RolloutOptions, UpdateOptions
+from stable_opd.sources import EvaluationSet, Source
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 BUDGET = 10
@@ -74,8 +74,9 @@ def data(train_path, validation_path):
     """Make a data module; a fresh one for each trainer."""
 
     def data(batch_size=4, train=train_path, validation=None, task=None, **options):
-        sources = [Source(path) if path else None for path in (train, validation)]
-        return PromptDataModule(*sources, task=task, batch_size=batch_size, **options)
+        source = Source(train) if train else None
+        examined = EvaluationSet(validation) if validation else None
+        return PromptDataModule(source, examined, task=task, batch_size=batch_size, **options)
 
     return data
 
@@ -491,7 +492,7 @@ def test_bfloat16_runs_near_float32(precision, build, data):
 
 def test_figures_are_counted_exactly_when_the_module_is_cast_to_bfloat16(build):
     """As precision "bf16-true" does; 256 + 1 is 256 in bfloat16."""
-    metrics = build().to(torch.bfloat16).evaluation.metrics[0]
+    metrics = build().to(torch.bfloat16).report.metrics
     for flag, length in ((True, 1), (False, 3)):
         for _ in range(300):
             metrics["truncation_rate"].update(torch.tensor([flag]))

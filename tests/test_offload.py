@@ -21,9 +21,9 @@ from stable_opd import (
     learning,
 )
 from stable_opd.cli import main
-from stable_opd.data import Source
 from stable_opd.offload import move_state, visiting
 from stable_opd.options import RolloutOptions, UpdateOptions
+from stable_opd.sources import Source
 
 ELSEWHERE, HOST = torch.device("cpu:0"), torch.device("cpu")  # the same memory under two names
 STEPS = 3

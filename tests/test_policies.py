@@ -26,10 +26,10 @@ from stable_opd import (
     StudentOnly,
 )
 from stable_opd.controllers import Proportional
-from stable_opd.data import Source
 from stable_opd.objective import Objective
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.policies import LoopPolicy, Policies, TruncationPolicy
+from stable_opd.sources import Source
 
 LOOPS, TRUNCATED = get_args(LoopPolicy), get_args(TruncationPolicy)
 COMBINATIONS = list(itertools.product(LOOPS, TRUNCATED))

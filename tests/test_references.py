@@ -11,10 +11,10 @@ from helpers import Recorder, make_trainer, tiny_model, weights
 from stable_opd import LocalTeacher, OPDModule, PeriodicSuffix, PromptDataModule, ReferenceKL, ReverseKL, StudentOnly
 from stable_opd.constraints import InitialWeights
 from stable_opd.controllers import DualAscent
-from stable_opd.data import Source
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.references import InitialStudent, MovingAverage, PeriodicReset, Reference
 from stable_opd.schedules import OnMetric
+from stable_opd.sources import Source
 
 STEPS = 5
 

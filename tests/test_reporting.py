@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from helpers import Recorder, make_rollout, make_trainer, tiny_model, total_of_one_process
 from stable_opd import Author, Finish, LocalTeacher, OPDModule, PromptDataModule, Repetition, ReverseKL, StudentOnly
-from stable_opd.data import Source
 from stable_opd.engines import TransformersEngine
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.repetition import RepetitionDetector
 from stable_opd.reporting import StepReport, onset
+from stable_opd.sources import Source
 from stable_opd.tally import Tally
 
 CPU = torch.device("cpu")

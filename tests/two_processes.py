@@ -11,6 +11,7 @@ from torchmetrics import Metric, MetricCollection
 from stable_opd.metrics import (
     LengthInflation,
     LogRatioTail,
+    PassAtK,
     RepeatedAdvantage,
     RepetitionRate,
     ResponseLength,
@@ -20,6 +21,7 @@ from stable_opd.metrics.collections import training_metrics
 
 LIMIT = 20
 STEPS = 3
+SAMPLES = 4
 
 
 def batch(rank: int, step: int) -> dict[str, Tensor]:
@@ -34,6 +36,7 @@ def batch(rank: int, step: int) -> dict[str, Tensor]:
         "lengths": lengths,
         "advantage": (1 + rank) * torch.randn(tokens, generator=generator),
         "in_loop": torch.rand(tokens, generator=generator) < 0.2 + 0.2 * rank,
+        "grades": (torch.rand(rows, SAMPLES, generator=generator) < 0.1 + 0.5 * rank).float(),
     }
 
 
@@ -51,6 +54,7 @@ def metrics(step_wise: bool) -> dict[str, tuple[Metric, list[str]]]:
         "ResponseLength": (ResponseLength(LIMIT, dist_sync_on_step=step_wise), ["lengths"]),
         "LengthInflation": (LengthInflation(baseline_steps=2), ["lengths"]),
         "RepeatedAdvantage": (RepeatedAdvantage(dist_sync_on_step=step_wise), ["advantage", "in_loop"]),
+        "PassAtK": (PassAtK(SAMPLES, dist_sync_on_step=step_wise), ["grades"]),
         "LogRatioTail": (LogRatioTail(dist_sync_on_step=step_wise), ["advantage"]),
     }
 

@@ -28,7 +28,8 @@ from stable_opd.registry import Component, build, components
 from stable_opd.repetition import PeriodicSuffix, RepetitionDetector, ZlibRepetition
 from stable_opd.samplers import Sampler, Temperature, TopP
 from stable_opd.schedules import Cosine, Linear, Schedule
-from stable_opd.tasks import ExactMatch, ModularChains, Task
+from stable_opd.sources import Columns, EvaluationSet, Source
+from stable_opd.tasks import ExactMatch, MathVerify, ModularChains, Task
 from stable_opd.teachers import LocalTeacher, Teacher
 from stable_opd.types import Author, Evidence, Finish, Plan, Prompts, Repetition, Rollout, Scores, TokenLoss
 from stable_opd.weightings import Weighting
@@ -38,11 +39,13 @@ __all__ = [
     "AdvantageDivergence",
     "AdvantageTransform",
     "Author",
+    "Columns",
     "Component",
     "Constraint",
     "Controller",
     "Cosine",
     "Divergence",
+    "EvaluationSet",
     "Evidence",
     "ExactMatch",
     "Finish",
@@ -54,6 +57,7 @@ __all__ = [
     "LocalTeacher",
     "Look",
     "LoopStop",
+    "MathVerify",
     "Mixture",
     "ModularChains",
     "OPDModule",
@@ -73,6 +77,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Scores",
+    "Source",
     "StudentOnly",
     "Task",
     "Teacher",

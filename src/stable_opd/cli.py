@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -37,7 +38,9 @@ class Parser(LightningArgumentParser):
     """Says in a few lines what is wrong, instead of printing every option there is."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Explain and exit with 2."""
+        """Explain and exit with 2; a parser of one possibility among several leaves it to the others."""
+        if not self.exit_on_error:
+            raise ArgumentError(None, message) from ex
         print(f"stable-opd: error: {message.strip()}", *hints(message, options(self)), sep="\n\n", file=sys.stderr)
         sys.exit(2)
 

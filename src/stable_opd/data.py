@@ -1,72 +1,24 @@
 """Prompts, golden solutions and answers: from files to batches."""
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
+from stable_opd.examples import Example, Reader
+from stable_opd.options import EvaluationOptions
 from stable_opd.randomness import global_seed, key
+from stable_opd.sources import Columns, EvaluationSet, Source
 from stable_opd.tasks import Task
-from stable_opd.testbed import resolve
 from stable_opd.types import Prompts
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where examples come from.
-
-    Args:
-        path: A JSONL or Parquet file, a folder (of such files, or written by ``Dataset.save_to_disk``), a hub name, or
-            one of the testbed's (``testbed:train``).
-        split: Which split of a folder or of a hub's dataset.
-        subset: Which configuration of a hub's dataset.
-    """
-
-    path: str
-    split: str = "train"
-    subset: str | None = None
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which column holds what; the others travel along for the task.
-
-    Args:
-        prompt: The problem as text, or as a list of chat messages.
-        golden: The golden solution, where there is one.
-        answer: The right answer, where there is one; the task finds it as ``answer``.
-    """
-
-    prompt: str = "prompt"
-    golden: str = "golden"
-    answer: str = "answer"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One problem, ready for the models.
-
-    Attributes:
-        ids: The prompt's token ids.
-        golden: Token ids of the golden solution with its stop token, or None.
-        fields: All columns of the example, and its right answer as ``answer``.
-    """
-
-    ids: list[int]
-    golden: list[int] | None
-    fields: Mapping[str, Any]
+#: Names of evaluation sets become parts of metric names, in which they must not be mistaken for others.
+_NAME = re.compile(r"(?!sampled$)[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class PromptDataModule(LightningDataModule):
@@ -74,31 +26,37 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         train: Examples to train on.
-        validation: Examples to evaluate on; also those of ``test`` and ``predict``.
+        validation: Examples to evaluate on, or several sets of them by name; also those of ``test`` and ``predict``.
         task: Grades answers; none measures everything but accuracy.
         columns: Which column holds what.
         chat_template: Whether prompts are wrapped in the tokenizer's chat template, as a user's message.
+        instruction: Text that follows every problem, on a line of its own.
         batch_size: Prompts per training step and process.
-        eval_batch_size: Prompts per evaluation batch and process.
+        eval_batch_size: Answers per evaluation batch and process; at least those to one prompt.
         max_prompt_tokens: Examples with a longer prompt are dropped, and counted in the log.
         max_golden_tokens: Training examples with a longer golden solution are dropped, and counted in the log.
+
+    Raises:
+        ValueError: If the name of an evaluation set cannot be part of a metric's name.
     """
 
     def __init__(
         self,
         train: Source | None = None,
-        validation: Source | None = None,
+        validation: EvaluationSet | dict[str, EvaluationSet] | None = None,
         task: Task | None = None,
         columns: Columns = Columns(),
         chat_template: bool = False,
+        instruction: str | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 256,
         max_prompt_tokens: int | None = None,
         max_golden_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        self.train, self.validation, self.task, self.columns = train, validation, task, columns
-        self.chat_template = chat_template
+        self.train, self.task, self.columns = train, task, columns
+        self.validation: Mapping[str, EvaluationSet] = _named(validation)
+        self.chat_template, self.instruction = chat_template, instruction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_prompt_tokens, self.max_golden_tokens = max_prompt_tokens, max_golden_tokens
         self.examples: dict[str, list[Example]] = {}
@@ -119,36 +77,46 @@ class PromptDataModule(LightningDataModule):
         """Tokens of the longest golden solution that was loaded, its stop token included; 0 before that."""
         return max((len(example.golden or ()) for example in self.examples.get("train", [])), default=0)
 
+    @property
+    def most_answers(self) -> int:
+        """Answers of the largest evaluation batch; 0 before the sets are loaded."""
+        sizes = [
+            min(self._prompts(source), len(self.examples.get(self._split(name), []))) * max(1, source.samples)
+            for name, source in self.validation.items()
+        ]
+        return max(sizes, default=0)
+
     def setup(self, stage: str) -> None:
         """Read, tokenise and filter what the stage needs.
 
         Raises:
             ValueError: If a source cannot be used; the message says why and what to change.
         """
-        needed = {"validation": self.validation} | ({"train": self.train} if stage == "fit" else {})
-        first = "train" if stage == "fit" else "validation"
-        if needed[first] is None:
+        fits = stage == "fit"
+        if not (self.train if fits else self.validation):
+            first = "train" if fits else "validation"
             raise ValueError(
                 f"`{stage}` needs examples, but data.{first} is not set: name a file by data.{first}.path."
             )
         module: Any = self.trainer.lightning_module if self.trainer else None
         if module is None:
             raise RuntimeError("The data module tokenises for a module's student: hand both to a Trainer.")
-        tokenizer: PreTrainedTokenizerBase = module.tokenizer
-        for name, source in needed.items():
-            if source is not None and name not in self.examples:
-                self.examples[name] = self._load(name, source, tokenizer)
+        for name, source in self.validation.items():
+            self._load(self._split(name), source, source.columns or self.columns, module.tokenizer)
+        if fits and self.train is not None:
+            self._load("train", self.train, self.columns, module.tokenizer)
         step, available = self.batch_size * self._world_size, len(self.examples.get("train", []))
-        if stage == "fit" and available < step:
+        if fits and available < step:
             raise ValueError(
                 f"A training step takes {step} prompts (data.batch_size={self.batch_size} times {self._world_size} "
                 f"processes), but there are only {available} usable examples in {self.train}. Lower data.batch_size."
             )
-        if 0 < len(self.examples.get("validation", [])) < self._world_size:
-            raise ValueError(
-                f"Expected at least one validation example for each of {self._world_size} processes, but there are "
-                f"{len(self.examples['validation'])} in {self.validation}. Add some, or use fewer processes."
-            )
+        for name, source in self.validation.items():
+            if len(self.examples[self._split(name)]) < self._world_size:
+                raise ValueError(
+                    f"Expected at least one validation example for each of {self._world_size} processes, but there are "
+                    f"{len(self.examples[self._split(name)])} in {source}. Add some, or use fewer processes."
+                )
 
     def train_dataloader(self) -> DataLoader[Example]:
         """Return shuffled batches; the order follows from the seed, the epoch and the global step."""
@@ -161,16 +129,19 @@ class PromptDataModule(LightningDataModule):
             rank=trainer.global_rank,
             steps_done=lambda: trainer.global_step,
         )
-        return self._loader("train", self.batch_size, sampler=sampler, drop_last=True)
+        return self._loader("train", self.batch_size, sampler, partial(_collate, task=self.task), drop_last=True)
 
-    def val_dataloader(self) -> Any:
-        """Return the evaluation prompts, each once, or nothing if there are none."""
-        if "validation" not in self.examples:
-            return []
+    def val_dataloader(self) -> list[DataLoader[Example]]:
+        """Return the evaluation prompts, each once: a loader for each set."""
         trainer = self.trainer
         assert trainer is not None
-        mine = range(trainer.global_rank, len(self.examples["validation"]), self._world_size)
-        return self._loader("validation", self.eval_batch_size, sampler=list(mine))
+        loaders = []
+        for name, source in self.validation.items():
+            mine = range(trainer.global_rank, len(self.examples[self._split(name)]), self._world_size)
+            options = EvaluationOptions(name, source.samples, source.temperature)
+            collate = partial(_collate, task=source.task or self.task, evaluation=options)
+            loaders.append(self._loader(self._split(name), self._prompts(source), list(mine), collate))
+        return loaders
 
     def test_dataloader(self) -> Any:
         """As for validation."""
@@ -184,71 +155,46 @@ class PromptDataModule(LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    def _loader(self, split: str, batch_size: int, sampler: Any, drop_last: bool = False) -> DataLoader[Example]:
-        examples = list(enumerate(self.examples[split]))
-        collate = partial(_collate, task=self.task)
+    def _load(self, split: str, source: Source, columns: Columns, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Read a source, once."""
+        if split in self.examples:
+            return
+        limits = self.max_prompt_tokens, self.max_golden_tokens
+        reader = Reader(tokenizer, columns, self.chat_template, self.instruction, *limits, trains=split == "train")
+        self.examples[split] = reader.read(split, source)
+
+    def _loader(
+        self, split: str, batch_size: int, sampler: Any, collate: Any, drop_last: bool = False
+    ) -> DataLoader[Example]:
         return DataLoader(
-            examples,  # type: ignore[arg-type]
+            list(enumerate(self.examples[split])),  # type: ignore[arg-type]
             batch_size=batch_size,  # by keyword, as trainers that rebuild the loader expect
             sampler=sampler,
             collate_fn=collate,
             drop_last=drop_last,
         )
 
-    def _load(self, name: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """Read one source and say how many examples were dropped, and why."""
-        table = read_source(source)
-        if self.columns.prompt not in table.column_names:
-            raise ValueError(
-                f"Expected {source.path} to have a column {self.columns.prompt!r} with the prompts, but it has "
-                f"{table.column_names}. Name the column with data.columns.prompt."
-            )
-        examples: list[Example] = []
-        dropped = {"prompts are too long": 0, "golden solutions are too long": 0}
-        for row in table:
-            example = self._encode(row, tokenizer)
-            if self.max_prompt_tokens is not None and len(example.ids) > self.max_prompt_tokens:
-                dropped["prompts are too long"] += 1
-            elif (
-                name == "train"
-                and self.max_golden_tokens is not None
-                and len(example.golden or []) > self.max_golden_tokens
-            ):
-                dropped["golden solutions are too long"] += 1
-            else:
-                examples.append(example)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
-        suffix = f" (dropped: {reasons})" if reasons else ""
-        rank_zero_info(f"{name}: {len(examples)} examples from {source.path}{suffix}")
-        if not examples:
-            why = f"all {len(table)} were dropped ({reasons})" if len(table) else "it is empty"
-            raise ValueError(f"Expected at least one example in {source.path}, but {why}.")
-        return examples
+    def _prompts(self, source: EvaluationSet) -> int:
+        """Return how many prompts of a set make a batch."""
+        return max(1, self.eval_batch_size // max(1, source.samples))
 
-    def _encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
-        prompt = row[self.columns.prompt]
-        if not prompt:
-            raise ValueError(f"Expected every prompt to have some text, but got {prompt!r} in the example {dict(row)}.")
-        if self.chat_template:
-            messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        elif not isinstance(prompt, str):
+    @staticmethod
+    def _split(name: str) -> str:
+        """Return under which name the examples of an evaluation set are kept, and logged."""
+        return f"validation/{name}" if name else "validation"
+
+
+def _named(validation: EvaluationSet | Mapping[str, EvaluationSet] | None) -> Mapping[str, EvaluationSet]:
+    """Return evaluation sets by name; a single one has none."""
+    if not isinstance(validation, Mapping):
+        return {} if validation is None else {"": validation}
+    for name in validation:
+        if not _NAME.fullmatch(name):
             raise ValueError(
-                f"Expected prompts to be text, but got a {type(prompt).__name__}. Set data.chat_template=true for "
-                "lists of chat messages."
+                "Expected names of evaluation sets to be letters, digits, '_', '.' and '-', and not `sampled`, but got "
+                f"{name!r}. Rename it: it becomes a part of the names of its metrics."
             )
-        # A chat template writes its special tokens itself; adding them again would double the start token.
-        ids = tokenizer.encode(prompt, add_special_tokens=not self.chat_template)
-        if not ids:
-            raise ValueError(f"Expected every prompt to have some tokens, but got none for {prompt!r}.")
-        golden = row.get(self.columns.golden)
-        if golden and tokenizer.eos_token_id is None:
-            raise ValueError(
-                "Golden solutions end with a stop token, but the student's tokenizer has no eos_token: set it."
-            )
-        solution = [*tokenizer.encode(golden, add_special_tokens=False), tokenizer.eos_token_id] if golden else None
-        answer = {"answer": row[self.columns.answer]} if self.columns.answer in row else {}
-        return Example(ids, solution, {**row, **answer})
+    return validation
 
 
 class ResumableSampler(DistributedSampler[Any]):
@@ -282,45 +228,14 @@ class ResumableSampler(DistributedSampler[Any]):
         return len(self.dataset) // (self.batch_size * self.num_replicas) * self.batch_size  # type: ignore[arg-type]
 
 
-def _collate(examples: list[tuple[int, Example]], task: Task | None) -> Prompts:
+def _collate(
+    examples: list[tuple[int, Example]], task: Task | None, evaluation: EvaluationOptions | None = None
+) -> Prompts:
     return Prompts(
         ids=[example.ids for _, example in examples],
         golden=[example.golden for _, example in examples],
         index=[index for index, _ in examples],
         fields=[example.fields for _, example in examples],
         task=task,
+        evaluation=evaluation,
     )
-
-
-def read_source(source: Source) -> "Dataset":
-    """Read a source as a table.
-
-    Raises:
-        ValueError: If there is nothing at a local path, if it is empty, or if it cannot be read.
-    """
-    place = Path(resolve(source.path))
-    try:
-        return _load_table(place, source)
-    except Exception as error:  # whatever a file or a hub may do, the user must learn which source it was
-        # The libraries say of a table without rows that its schema or its first file cannot be found.
-        if _is_empty(place) or isinstance(error, IndexError) or "corresponds to no data" in str(error):
-            raise ValueError(f"Expected at least one example in {source.path}, but it is empty.") from error
-        raise ValueError(
-            f"Could not read examples from {source.path!r} (split {source.split!r}): {type(error).__name__}: {error}. "
-            "Expected a .jsonl, .json or .parquet file, a folder of them or written by save_to_disk, or a hub name."
-        ) from error
-
-
-def _load_table(place: Path, source: Source) -> Any:
-    import datasets  # takes a second to import, which only those who load data should pay
-
-    if place.suffix in FORMATS:
-        return datasets.load_dataset(FORMATS[place.suffix], data_files=str(place), split="train")
-    if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
-        stored = datasets.load_from_disk(str(place))
-        return stored[source.split] if isinstance(stored, datasets.DatasetDict) else stored
-    return datasets.load_dataset(str(place), source.subset, split=source.split)
-
-
-def _is_empty(place: Path) -> bool:
-    return place.is_file() and place.stat().st_size == 0

@@ -1,14 +1,15 @@
 """Grading answers and measuring them, for validation and test."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from stable_opd.metrics.collections import evaluation_metrics
+from stable_opd.options import EvaluationOptions
 from stable_opd.repetition import RepetitionDetector
 from stable_opd.samplers import Sampler, Temperature
 from stable_opd.types import Prompts, Repetition, Rollout
@@ -47,8 +48,10 @@ def records(
         "repeated_from": repeated_from(rollout, repetition, tokenizer),
     }
     columns |= {"grade": graded} if graded else {}
+    name = prompts.evaluation.name if prompts.evaluation else ""
+    origin = {"set": name} if name else {}
     answers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return [{**fields, **answer} for fields, answer in zip(prompts.fields, answers, strict=True)]
+    return [{**fields, **origin, **answer} for fields, answer in zip(prompts.fields, answers, strict=True)]
 
 
 def repeated_from(rollout: Rollout, repetition: Repetition, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
@@ -65,42 +68,91 @@ def repeated_from(rollout: Rollout, repetition: Repetition, tokenizer: PreTraine
     return found
 
 
-class Evaluation(nn.Module):
-    """Two sets of answers to each prompt, greedy and at a temperature, and what is measured on them.
+class AnswerSet(NamedTuple):
+    """Answers that are drawn in one way and counted together.
+
+    Attributes:
+        name: Name of the evaluation set; empty if there is but one without a name.
+        kind: Empty for greedy answers, ``sampled/`` for others; what stands before the names of their metrics.
+        sampler: How they are drawn.
+        samples: Answers to each prompt.
+    """
+
+    name: str
+    kind: str
+    sampler: Sampler
+    samples: int
+
+
+class Evaluation:
+    """What is measured on answers to evaluation prompts: greedy ones, and ones that are sampled.
+
+    A plain object: the metrics are made where the first answers are, and last until they are computed.
 
     Args:
         max_length: Token budget of an answer.
-        temperature: Temperature of the second set.
+        temperature: Temperature of the sampled answers, where a set of prompts has none of its own.
     """
 
     def __init__(self, max_length: int, temperature: float) -> None:
-        super().__init__()
-        self.samplers: dict[str, Sampler] = {"": Temperature(0.0), "sampled/": Temperature(temperature)}
-        # A list, because a module's child may not have the empty name of the greedy set.
-        self.metrics = nn.ModuleList([evaluation_metrics(max_length) for _ in self.samplers])
+        self.max_length, self.temperature = max_length, temperature
+        self.metrics: dict[tuple[str, str], MetricCollection] = {}
 
-    def sets(self) -> Iterator[tuple[Sampler, MetricCollection]]:
-        """Return how each set is drawn, and where it is counted."""
-        return zip(self.samplers.values(), self.metrics, strict=True)  # type: ignore[arg-type]
+    def sets(self, prompts: Prompts) -> list[AnswerSet]:
+        """Return which answers to a batch of prompts are asked for, the greedy ones first."""
+        asked = prompts.evaluation or EvaluationOptions()
+        temperature = self.temperature if asked.temperature is None else asked.temperature
+        greedy = AnswerSet(asked.name, "", Temperature(0.0), 1)
+        sampled = AnswerSet(asked.name, "sampled/", Temperature(temperature), asked.samples)
+        return [greedy, sampled] if asked.samples else [greedy]
 
     def measure(
-        self, metrics: MetricCollection, prompts: Prompts, rollout: Rollout, detector: RepetitionDetector
+        self, answers: AnswerSet, prompts: Prompts, rollout: Rollout, detector: RepetitionDetector
     ) -> tuple[Repetition, list[float]]:
-        """Count the answers of a batch in one of the sets; return what repeats in them, and their grades."""
+        """Count the answers to a batch; return what repeats in them, and their grades.
+
+        Args:
+            answers: Which answers they are.
+            prompts: What is answered.
+            rollout: The answers; those to one prompt stand together.
+            detector: Says what repeats in them.
+        """
         found, graded = detector(rollout), grades(prompts, rollout)
+        key = answers.name, answers.kind
+        if key not in self.metrics:
+            self.metrics[key] = evaluation_metrics(self.max_length, answers.samples).to(rollout.lengths.device)
+        metrics = self.metrics[key]
         metrics["truncation_rate"].update(rollout.truncated)
         metrics["repetition_rate"].update(found.repetitive)
         metrics["length"].update(rollout.lengths)
         if prompts.task is not None:
-            metrics["accuracy"].update(torch.tensor(graded, device=rollout.lengths.device))
+            marks = torch.tensor(graded, device=rollout.lengths.device)
+            metrics["accuracy"].update(marks)
+            metrics["finished_accuracy"].update(marks * ~rollout.truncated)
+            if "pass_at_k" in metrics:
+                metrics["pass_at_k"].update(marks.view(-1, answers.samples))
         return found, graded
 
     def compute(self) -> dict[str, Tensor]:
-        """Return all figures, over all processes, and forget the answers."""
-        figures: dict[str, Tensor] = {}
-        for prefix, metrics in zip(self.samplers, self.metrics, strict=True):
-            values = {name: metric.compute() for name, metric in metrics.items() if metric.update_called}  # type: ignore[operator]
-            values |= values.pop("length", {})
-            figures |= {prefix + name: value for name, value in values.items()}
-            metrics.reset()  # type: ignore[operator]
-        return figures
+        """Return all figures, over all processes, and forget the answers.
+
+        Those of a set with a name stand under it; without a name before them stand the means over all sets, of the
+        figures that all of them have.
+        """
+        figures: dict[str, dict[str, Tensor]] = {}
+        for (name, kind), metrics in self.metrics.items():
+            values = {each: metric.compute() for each, metric in metrics.items() if metric.update_called}
+            for several in ("length", "pass_at_k"):
+                values |= values.pop(several, {})
+            mine = figures.setdefault(name, {})
+            mine |= {kind + each: value for each, value in values.items()}
+        self.metrics = {}
+        named = {f"{name}/{each}": value for name, mine in figures.items() if name for each, value in mine.items()}
+        return means(list(figures.values())) | named
+
+
+def means(sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean over some sets of each figure that all of them have; of a maximum, the maximum."""
+    common = [name for name in sets[0] if all(name in each for each in sets)] if sets else []
+    stacked = {name: torch.stack([each[name].float() for each in sets]) for name in common}
+    return {name: each.max() if name.endswith("_max") else each.mean() for name, each in stacked.items()}

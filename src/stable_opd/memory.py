@@ -119,7 +119,7 @@ def plan_memory(
     rollout: RolloutOptions,
     update: UpdateOptions,
     prompts: int,
-    eval_prompts: int,
+    eval_answers: int,
     longest_prompt: int,
     vocabulary: int,
     compute: torch.dtype,
@@ -132,7 +132,7 @@ def plan_memory(
         rollout: How answers are written.
         update: How the student learns.
         prompts: Prompts of a training batch.
-        eval_prompts: Prompts of an evaluation batch.
+        eval_answers: Answers of an evaluation batch.
         longest_prompt: Tokens of the longest.
         vocabulary: Size of the tokenizer.
         compute: Precision of the student's forward passes.
@@ -145,7 +145,7 @@ def plan_memory(
     if readers.reference is not None:
         (plan.scoring if readers.offload_reference else plan.always)["reference"] = module_bytes(readers.reference)
     (plan.update if "optimizer" in update.offload else plan.always)["optimizer"] = 2 * trained
-    rows = max(prompts * max(1, rollout.samples_per_prompt), eval_prompts)
+    rows = max(prompts * max(1, rollout.samples_per_prompt), eval_answers)
     length = longest_prompt + rollout.max_new_tokens
     plan.rollout["inference copy"] = weights * compute.itemsize // student.dtype.itemsize
     plan.rollout["cache"] = cache_bytes(student, rows, length, compute.itemsize)

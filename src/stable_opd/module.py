@@ -181,8 +181,7 @@ class OPDModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         sizes = (1, 0, 0)
         if isinstance(data, PromptDataModule):
-            evaluated = min(data.eval_batch_size, len(data.examples.get("validation", [])))
-            sizes = (data.batch_size, evaluated, data.longest_prompt)
+            sizes = (data.batch_size, data.most_answers, data.longest_prompt)
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else self.model.dtype
         return plan_memory(
             self.model, self.readers, self.rollout_options, self.update_options, *sizes, len(self.tokenizer), compute
@@ -269,12 +268,13 @@ class OPDModule(LightningModule):
             )
         self.readers.reference.load_state_dict(checkpoint["reference"])
 
-    def validation_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Answer the prompts, greedily and at a temperature, and measure them; return the greedy ``answers``."""
         answers: list[dict[str, Any]] = []
-        for sampler, metrics in self.evaluation.sets():
-            rollout = self.write(batch, student_rows(batch, 1), sampler, "evaluation")
-            found, graded = self.evaluation.measure(metrics, batch, rollout, self.repetition)
+        for each in self.evaluation.sets(batch):
+            plan = student_rows(batch, each.samples)
+            rollout = self.write(batch, plan, each.sampler, "evaluation", *filter(None, [each.name]))
+            found, graded = self.evaluation.measure(each, batch, rollout, self.repetition)
             answers = answers or records(batch, rollout, found, graded, self.tokenizer)
         return {"answers": answers}
 
@@ -288,7 +288,7 @@ class OPDModule(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics({name: float(value) for name, value in figures.items()}, step=self.global_step)
 
-    def test_step(self, batch: Prompts, batch_idx: int) -> dict[str, Any]:
+    def test_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """As in validation."""
         return self.validation_step(batch, batch_idx)
 
@@ -296,7 +296,7 @@ class OPDModule(LightningModule):
         """Log the evaluation."""
         self.log_dict({f"test/{name}": value for name, value in self.evaluation.compute().items()})
 
-    def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answer the prompts greedily; one record for each, in their order."""
         rollout = self.write(batch, student_rows(batch, 1), Temperature(0.0), "prediction")
         return records(batch, rollout, self.repetition(rollout), grades(batch, rollout), self.tokenizer)

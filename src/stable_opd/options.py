@@ -13,7 +13,7 @@ class RolloutOptions:
     Args:
         samples_per_prompt: Rollouts for each prompt of a training batch; 0 trains on the mixture's rows alone.
         max_new_tokens: Token budget of an answer, in training and in evaluation.
-        eval_temperature: Temperature of the second set of evaluation answers; the first is greedy.
+        eval_temperature: Temperature of the sampled answers of an evaluation, beside the greedy ones.
     """
 
     samples_per_prompt: int = 4
@@ -59,3 +59,18 @@ class UpdateOptions:
                 "Expected micro_batch_tokens of at least 1, gradient_clip above 0 and compare_gradients_every of at "
                 f"least 0, but got {self.micro_batch_tokens}, {self.gradient_clip} and {self.compare_gradients_every}."
             )
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How the prompts of one evaluation set are answered.
+
+    Attributes:
+        name: Name of the set; a single one has none.
+        samples: Sampled answers to each prompt, beside the greedy one.
+        temperature: Their temperature; none takes that of `RolloutOptions`.
+    """
+
+    name: str = ""
+    samples: int = 1
+    temperature: float | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 from stable_opd.packing import Packing, ragged_arange
 
 if TYPE_CHECKING:
+    from stable_opd.options import EvaluationOptions
     from stable_opd.tasks.base import Task
 
 
@@ -48,6 +49,7 @@ class Prompts:
         index: Position of each prompt in its dataset; random choices are keyed by it.
         fields: The task's fields of each prompt (the answer, for instance).
         task: Grades completions of these prompts; None if they cannot be graded.
+        evaluation: How an evaluation answers them; None does it in the usual way.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class Prompts:
         index: Sequence[int],
         fields: Sequence[Mapping[str, Any]],
         task: "Task | None" = None,
+        evaluation: "EvaluationOptions | None" = None,
     ) -> None:
         self.ids = ids
         self.golden = golden
         self.index = index
         self.fields = fields
         self.task = task
+        self.evaluation = evaluation
 
     def __len__(self) -> int:
         """Number of prompts."""

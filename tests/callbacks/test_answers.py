@@ -3,8 +3,8 @@ import json
 from helpers import make_trainer
 from stable_opd import LocalTeacher, OPDModule, PeriodicSuffix, PromptDataModule, ReverseKL, StudentOnly
 from stable_opd.callbacks import AnswerWriter
-from stable_opd.data import Source
 from stable_opd.options import RolloutOptions
+from stable_opd.sources import EvaluationSet
 
 
 def predict(student_path, validation_path, writer):
@@ -16,7 +16,7 @@ def predict(student_path, validation_path, writer):
         PeriodicSuffix(),
         rollout=RolloutOptions(max_new_tokens=6),
     )
-    data = PromptDataModule(validation=Source(validation_path), eval_batch_size=4)
+    data = PromptDataModule(validation=EvaluationSet(validation_path), eval_batch_size=4)
     return make_trainer(writer).predict(module, datamodule=data)
 
 

@@ -3,8 +3,8 @@ import re
 from helpers import make_trainer
 from stable_opd import ExactMatch, LocalTeacher, OPDModule, PeriodicSuffix, PromptDataModule, ReverseKL, StudentOnly
 from stable_opd.callbacks import OPDProgressBar
-from stable_opd.data import Source
 from stable_opd.options import RolloutOptions
+from stable_opd.sources import EvaluationSet, Source
 
 
 def fit(paths, capsys, steps, **options):
@@ -17,7 +17,7 @@ def fit(paths, capsys, steps, **options):
         PeriodicSuffix(),
         rollout=RolloutOptions(samples_per_prompt=1, max_new_tokens=6),
     )
-    data = PromptDataModule(Source(train), Source(validation), ExactMatch(), batch_size=8)
+    data = PromptDataModule(Source(train), EvaluationSet(validation), ExactMatch(), batch_size=8)
     trainer = make_trainer(OPDProgressBar(), max_steps=steps, enable_progress_bar=True, **options)
     capsys.readouterr()
     trainer.fit(module, datamodule=data)

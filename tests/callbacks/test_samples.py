@@ -9,8 +9,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from helpers import TOKENIZER, make_trainer
 from stable_opd import ExactMatch, LocalTeacher, OPDModule, PeriodicSuffix, PromptDataModule, ReverseKL, StudentOnly
 from stable_opd.callbacks.samples import LONGEST, RolloutSamples
-from stable_opd.data import Source
 from stable_opd.options import RolloutOptions
+from stable_opd.sources import EvaluationSet, Source
 from stable_opd.types import Prompts
 
 
@@ -28,7 +28,7 @@ def fit(paths, folder, callback, max_steps, ckpt_path=None, **options):
         PeriodicSuffix(max_period=4, min_tokens=3),
         rollout=RolloutOptions(samples_per_prompt=1, max_new_tokens=8),
     )
-    data = PromptDataModule(Source(train), Source(validation), ExactMatch(), batch_size=8, eval_batch_size=4)
+    data = PromptDataModule(Source(train), EvaluationSet(validation), ExactMatch(), batch_size=8, eval_batch_size=4)
     logger = CSVLogger(folder, name="", version="")
     trainer = make_trainer(
         callback, max_steps=max_steps, val_check_interval=1, log_every_n_steps=1, logger=logger, **options

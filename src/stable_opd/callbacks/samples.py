@@ -15,7 +15,7 @@ from stable_opd.types import Prompts
 SAMPLES = "samples.jsonl"
 
 #: What is kept of a record, if it has it.
-FIELDS = ("index", "completion", "grade", "truncated", "repetitive", "repeated_from")
+FIELDS = ("set", "index", "completion", "grade", "truncated", "repetitive", "repeated_from")
 
 #: Characters of a prompt or an answer that are kept: a run of thousands of steps must not fill a disk.
 LONGEST = 8000

@@ -152,7 +152,7 @@ def golden_texts(path: str, column: str = "golden", split: str = "train", subset
         ValueError: If the source cannot be read, has no such column, or has something else than text there.
     """
     # Here, because a detector can do without Lightning and the datasets library.
-    from stable_opd.data import Source, read_source
+    from stable_opd.sources import Source, read_source
 
     table = read_source(Source(path, split, subset))
     if column not in table.column_names:
