@@ -119,6 +119,7 @@ def plan(teacher_path):
             "longest_prompt": 13,
             "vocabulary": VOCABULARY,
             "compute": torch.float32,
+            "kept": 8,
         }
         return plan_memory(student, readers, rollout, update, **defaults | options)
 
@@ -265,7 +266,7 @@ def test_module_plans_with_its_data_its_options_and_its_precision(
         StudentOnly(),
         PeriodicSuffix(4, 3, 3),
         {"anchor": ReferenceKL(0.1)},
-        optimizer=partial(torch.optim.SGD, lr=0.1),
+        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.5),
         rollout=RolloutOptions(2, 10),
         update=UpdateOptions(micro_batch_tokens=100, offload=("optimizer",)),
     )
@@ -276,5 +277,5 @@ def test_module_plans_with_its_data_its_options_and_its_precision(
     assert found.always == {"student": module_bytes(model), "reference": module_bytes(model)}
     assert found.scoring == {"teacher": module.readers.teacher.footprint}
     assert found.rollout["cache"] == cache_bytes(model, 5 * 2, longest + 10, width)
-    assert found.update["optimizer"] == 2 * module_bytes(model)
+    assert found.update["optimizer"] == module_bytes(model)
     assert found.update["activations"] == activation_bytes(model, 100, width)
