@@ -1,4 +1,4 @@
-"""The commands that are not the trainer's: `list`, `calibrate`, `testbed`, `bench` and `report`."""
+"""The commands that are not the trainer's: `list`, `calibrate`, `testbed`, `bench`, `report` and `export`."""
 
 import argparse
 import inspect
@@ -100,12 +100,20 @@ def bench(args: Sequence[str]) -> None:
     command.bench(args)
 
 
+def export(args: Sequence[str]) -> None:
+    """Turn a checkpoint into a folder that transformers and vLLM load."""
+    from stable_opd import export as command
+
+    command.export(args)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "list": list_components,
     "calibrate": calibrate,
     "testbed": testbed,
     "report": report,
     "bench": bench,
+    "export": export,
 }
 
 

@@ -1,7 +1,6 @@
 """The model that learns: all its weights, or low-rank adapters beside them."""
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -104,12 +103,9 @@ def add_adapters(model: PreTrainedModel, adapter: LoRA) -> None:
     Raises:
         ValueError: If no layer is meant, or one that is not linear or the head.
     """
-    config = adapter.config()
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng():
         torch.manual_seed(key(global_seed(), "adapters"))
-        # peft 0.21 asks a question that transformers 5.23 wants to hear in other words.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        model.add_adapter(config)
+        model.add_adapter(adapter.config())
     for parameter in trained(model):
         parameter.data = parameter.data.float()
     _check_targets(model, adapter)
@@ -143,9 +139,9 @@ def describe_adapter(model: PreTrainedModel, adapter: LoRA) -> dict[str, Any]:
     """Return what adapters belong to: how they were made, and a digest of the weights beside which they stand."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and parameter.is_floating_point():  # a device may quantise in its own way
+        if parameter.is_floating_point() and ".lora_" not in name:  # a device may quantise in its own way
             some = parameter.detach().flatten()[:: max(1, parameter.numel() // 1024)]
-            digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+            digest.update(some.float().cpu().numpy().tobytes())
     return asdict(adapter) | {"base": digest.hexdigest()}
 
 
