@@ -33,12 +33,12 @@ def trained(teacher_path, train_path, validation_path, tmp_path, monkeypatch):
                 "mixture": "GoldenMixture",
                 "repetition": {"class_path": "PeriodicSuffix", "init_args": {"min_tokens": 3, "max_period": 4}},
                 "rollout": {"samples_per_prompt": 1, "max_new_tokens": 10},
-                "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.02}},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.02}},
                 **({} if adapter is None else {"adapter": adapter}),
             },
             "data": {
                 "class_path": "PromptDataModule",
-                "init_args": {"train": {"path": train_path}, "validation": {"path": validation_path}},
+                "init_args": {"train": {"path": train_path}, "validation": {"path": validation_path}, "batch_size": 8},
             },
             "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "num_sanity_val_steps": 0},
         }

@@ -284,7 +284,7 @@ def test_adapters_of_another_kind_or_student_are_refused(run, tmp_path, teacher_
             resume(adapter=adapter)
     with pytest.raises(ValueError, match=r"trained beside other weights\. Name the student of that run"):
         resume(student=teacher_path)
-    resume(steps=2)
+    resume(keep(tmp_path / "on"), steps=2)
 
 
 def test_checkpoint_of_all_weights_is_refused(run, tmp_path):
