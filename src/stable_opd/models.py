@@ -32,10 +32,10 @@ def load_model(
         path: A folder, a hub name, or one of the testbed's (``testbed:student``).
         dtype: Precision of the weights; none takes that in which they were saved.
         quantization: How bitsandbytes is to store the matrices of the layers; embeddings, norms and head stay as they
-            are. None leaves all as it is.
+            are, and in 4 bits so do matrices whose rows are no multiple of 64. None leaves all as it is.
 
     Raises:
-        ValueError: If the logits are no linear layer of the hidden states, or if bitsandbytes is not installed.
+        ValueError: If the logits are no linear layer of the hidden states, or if the quantization cannot be had.
     """
     options = {} if quantization is None else _quantized(resolve(path), dtype, quantization)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=dtype or "auto", **options)
@@ -53,15 +53,39 @@ def _quantized(path: str, dtype: torch.dtype | None, quantization: Quantization)
     # It says at every product that it computes in float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if quantization == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
+        options = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        config = BitsAndBytesConfig(
+        config = AutoConfig.from_pretrained(path)
+        options = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype or AutoConfig.from_pretrained(path).dtype,
+            bnb_4bit_compute_dtype=dtype or config.dtype,
+            llm_int8_skip_modules=_left_whole(config),
         )
-    return {"quantization_config": config, "device_map": {"": "cpu"}}  # whoever asked moves it, as any other
+    return {"quantization_config": options, "device_map": {"": "cpu"}}  # whoever asked moves it, as any other
+
+
+def _left_whole(config: Any) -> list[str]:
+    """Return the linear layers that cannot be stored in 4 bits: the head, and those whose rows end within a block.
+
+    On a CPU, bitsandbytes 0.50.2 decodes rows that are no multiple of its blocks of 64 with the scales of others, and
+    is wrong by a quarter of a weight and more.
+
+    Raises:
+        ValueError: If no layer is left.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    head = model.get_output_embeddings()
+    left = [name for name, layer in linear.items() if layer is head or layer.in_features % 64]
+    if len(left) == len(linear):
+        raise ValueError(
+            "Expected layers with multiples of 64 inputs for the quantization nf4, but got none in a model of width "
+            f"{config.get_text_config().hidden_size}. Use int8."
+        )
+    return left
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -74,8 +74,9 @@ def golden():
     return make_rollout(completions, [TOKENIZER.encode(row["prompt"]) for row in rows])
 
 
-#: What was measured with bitsandbytes 0.50.2 on a CPU: nats at the written token, mean and largest.
-ERRORS = {"int8": (0.0027, 0.57), "nf4": (0.060, 8.2)}
+#: Measured with bitsandbytes 0.50.2 on a CPU: nats at the written token, mean and largest. In 4 bits are the layers
+#: with multiples of 64 inputs, which in this small teacher are the last of each MLP.
+ERRORS = {"int8": (0.0016, 0.044), "nf4": (0.0063, 0.107)}
 
 
 @pytest.mark.parametrize("quantization", ERRORS)
@@ -98,13 +99,14 @@ def test_quantised_teacher_scores_with_an_error_that_is_measured(quantization, g
     assert (logprobs - exact).abs().mean().item() == pytest.approx(mean, rel=0.05)
 
 
-@pytest.mark.parametrize(("quantization", "share"), [("int8", 1 / 4), ("nf4", 1 / 8)])
-def test_quantised_teacher_is_as_small_as_its_layers_and_keeps_its_head(quantization, share):
+@pytest.mark.parametrize(("quantization", "share", "block"), [("int8", 1 / 4, 1), ("nf4", 1 / 8, 64)])
+def test_quantised_teacher_is_as_small_as_its_layers_and_keeps_its_head(quantization, share, block):
     pytest.importorskip("bitsandbytes")
     teacher = LocalTeacher("testbed:teacher", quantization=quantization)
     teacher.setup("student", TOKENIZER, CPU)
     full = load_model("testbed:teacher")
-    layers = sum(each.nbytes for each in full.base_model.layers.parameters() if each.dim() == 2)
+    matrices = [each for each in full.base_model.layers.parameters() if each.dim() == 2]
+    layers = sum(each.nbytes for each in matrices if each.shape[1] % block == 0)
     whole = sum(each.nbytes for each in full.parameters())
     assert teacher.footprint == whole - layers + layers * share
     head = teacher.score(make_rollout([[1, 2]])).head.weight
