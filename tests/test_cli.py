@@ -534,8 +534,8 @@ def test_adapters_and_an_optimizer_in_8_bits_by_yaml_and_flags_resumed_bit_for_b
     saved = torch.load(checkpoint(), weights_only=True)
     assert {tensor.shape[0] for name, tensor in student_of(checkpoint()).items() if "lora_A" in name} == {2}
     assert saved["adapter"]["alpha"] == 8
-    states = saved["optimizer_states"][0]["state"].values()
-    assert {state["state1"].dtype for state in states} == {torch.uint8}
+    states = [part for state in saved["optimizer_states"][0]["state"].values() for part in state.values()]
+    assert {part["state1"].dtype for part in states if isinstance(part, dict)} == {torch.uint8}
     main(["fit", "-c", path, "--model.adapter.rank", "2", "--trainer.max_steps", "3"])
     main(["fit", "-c", path, "--model.adapter.rank", "2", "--trainer.max_steps", "3", "--ckpt_path", checkpoint()])
     whole, resumed = (student_of(checkpoint(f"runs/opd/version_{version}")) for version in (1, 2))

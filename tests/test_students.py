@@ -320,7 +320,7 @@ def test_quantised_student_writes_as_it_reads(adapter, student_path):
     model = speaking(load_student(student_path, adapter)).eval()
     completions = InProcessEngine().generate(model, make_request(stop=()), Temperature(1.0))
     if adapter is NF4:
-        assert_captured(completions, model, Temperature(1.0), [0, 1, 2, 3])
+        assert_captured(completions, model, Temperature(1.0), [0, 1, 2, 3], atol=1e-3)
     else:
         assert completions.logprobs.isfinite().all()
     body(model, ROLLOUT).sum().backward()  # what inference has touched can still learn
@@ -332,7 +332,7 @@ def test_four_bits_err_as_their_definition_does_and_leave_out_what_would_be_deco
     path = save(tiny_model(1, hidden_size=64, intermediate_size=96, initializer_range=0.1), tmp_path)
     full, small = load_model(path), load_model(path, quantization="nf4")
     assert type(small.get_output_embeddings()) is nn.Linear
-    levels = functional.get_4bit_type("nf4")
+    levels = functional.get_4bit_type("nf4", "cpu")
     for name, layer in full.base_model.layers.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
@@ -349,9 +349,10 @@ def test_four_bits_err_as_their_definition_does_and_leave_out_what_would_be_deco
         torch.testing.assert_close(decoded, expected, rtol=0, atol=0.02 * units.max().item())
 
 
-def test_model_without_a_layer_for_four_bits_is_refused():
-    with pytest.raises(ValueError, match=r"multiples of 64 inputs.*width 48\. Use int8"):
-        load_model("testbed:student", quantization="nf4")
+def test_model_without_a_layer_for_four_bits_is_refused(tmp_path):
+    path = save(tiny_model(1, intermediate_size=48), tmp_path)
+    with pytest.raises(ValueError, match=r"multiples of 64 inputs.*width 32\. Use int8"):
+        load_model(path, quantization="nf4")
 
 
 # Gradient checkpointing.
