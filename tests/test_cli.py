@@ -522,3 +522,21 @@ def test_trainer_of_python_and_of_the_command_line_agree(
     make_trainer(max_steps=2).fit(module, datamodule=data)
     for name, tensor in student_of(checkpoint()).items():
         torch.testing.assert_close(module.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_adapters_and_an_optimizer_in_8_bits_by_yaml_and_flags_resumed_bit_for_bit(recipe):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    optimizer = {"class_path": "bitsandbytes.optim.AdamW8bit", "init_args": {"lr": 0.01, "min_8bit_size": 1}}
+    path = recipe(model={"adapter": {"alpha": 8}, "optimizer": optimizer})
+    main(["fit", "-c", path, "--model.adapter.rank", "2"])
+    saved = torch.load(checkpoint(), weights_only=True)
+    assert {tensor.shape[0] for name, tensor in student_of(checkpoint()).items() if "lora_A" in name} == {2}
+    assert saved["adapter"]["alpha"] == 8
+    states = [part for state in saved["optimizer_states"][0]["state"].values() for part in state.values()]
+    assert {part["state1"].dtype for part in states if isinstance(part, dict)} == {torch.uint8}
+    main(["fit", "-c", path, "--model.adapter.rank", "2", "--trainer.max_steps", "3"])
+    main(["fit", "-c", path, "--model.adapter.rank", "2", "--trainer.max_steps", "3", "--ckpt_path", checkpoint()])
+    whole, resumed = (student_of(checkpoint(f"runs/opd/version_{version}")) for version in (1, 2))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())

@@ -27,6 +27,14 @@ SMALL = {
     "--data.batch_size": "2",
     "--data.eval_batch_size": "2",
 }
+#: What stands in for models and data that would have to be downloaded.
+STAND_INS = {
+    "--model.student": "testbed:student",
+    "--model.teacher.init_args.path": "testbed:teacher",
+    "--data.train.path": "testbed:train",
+    "--data.validation.path": "testbed:validation",
+    "--data.chat_template": "false",
+}
 
 
 def flags(options):
@@ -47,10 +55,12 @@ def smaller(config):
     return SMALL | {"--model.rollout.samples_per_prompt": str(min(1, rollout.get("samples_per_prompt", 1)))}
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("config", [each for each in CONFIGS if each.parent == FOLDER], ids=lambda path: path.stem)
 def test_recipe_runs_for_two_steps(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main(["fit", "-c", str(config), *flags(smaller(config))])
+    models = {} if "testbed:student" in config.read_text() else STAND_INS
+    main(["fit", "-c", str(config), *flags(smaller(config) | models)])
     assert "train/loss" in trained(tmp_path)
 
 

@@ -18,13 +18,14 @@ from stable_opd import (
     Teacher,
 )
 from stable_opd.engines.decoder import Decoder
-from stable_opd.memory import MemoryPlan, activation_bytes, cache_bytes, plan_memory
+from stable_opd.memory import MemoryPlan, activation_bytes, cache_bytes, optimizer_bytes, plan_memory
 from stable_opd.models import frozen_copy
 from stable_opd.offload import module_bytes
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.readers import Readers
 from stable_opd.scoring import body
 from stable_opd.sources import Source
+from stable_opd.students import LoRA, load_student
 
 MIB, GIB = 2**20, 2**30
 SHAPES = {
@@ -37,6 +38,7 @@ SHAPES = {
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 # The older name of the switch, which every supported version of transformers knows.
+adapted = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 checkpointed = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 
 
@@ -119,6 +121,7 @@ def plan(teacher_path):
             "longest_prompt": 13,
             "vocabulary": VOCABULARY,
             "compute": torch.float32,
+            "kept": 8,
         }
         return plan_memory(student, readers, rollout, update, **defaults | options)
 
@@ -157,6 +160,29 @@ def test_optimizer_has_the_size_of_what_adam_remembers(plan):
     assert plan().update["gradients"] == sum(parameter.grad.nbytes for parameter in model.parameters())
 
 
+SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "expected"),
+    [
+        (SGD, torch.float32, 0),
+        (partial(SGD, lr=0.1, momentum=0.9), torch.float32, 4),
+        (ADAM, torch.float32, 8),
+        (ADAM, torch.bfloat16, 4),
+        (torch.optim.Muon, torch.float32, 4),
+    ],
+    ids=["SGD", "momentum", "AdamW", "AdamW in bfloat16", "Muon"],
+)
+def test_optimizer_keeps_what_it_is_seen_to_keep(make, dtype, expected):
+    assert optimizer_bytes(make, dtype) == expected
+
+
+def test_optimizer_in_8_bits_keeps_two_bytes_and_a_little():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    assert 2 < optimizer_bytes(bitsandbytes.optim.AdamW8bit, torch.float32) < 2.1
+
+
 def test_each_part_that_rests_moves_to_its_phase(plan):
     usual = plan()
     for name, phase, options in (
@@ -179,6 +205,23 @@ def test_parameters_that_do_not_learn_need_no_optimizer(plan):
     assert found.always["optimizer"] == 2 * 32 * 4
     assert found.update["gradients"] == 32 * 4
     assert found.update["gradient of the head"] == 0
+
+
+@adapted
+def test_plan_of_a_student_with_adapters_counts_their_training_and_no_reference(plan, student_path):
+    pytest.importorskip("peft")
+    student = load_student(student_path, LoRA(rank=2))
+    adapters = sum(each.numel() for name, each in student.named_parameters() if ".lora_" in name)
+    found = plan(student, reference=False)
+    assert found.always["student"] == module_bytes(tiny_model(1)) + 4 * adapters
+    assert found.always["optimizer"] == 8 * adapters
+    assert found.update["gradients"] == 4 * adapters
+    assert found.update["gradient of the head"] == 0
+    pytest.importorskip("bitsandbytes")
+    small = plan(load_student(student_path, LoRA(rank=2, quantization="nf4")), reference=False)
+    rows = sum(each.mlp.down_proj.weight.nbytes for each in tiny_model(1).base_model.layers)  # 64 wide
+    assert small.always["student"] == found.always["student"] - rows * 7 / 8
+    assert small.rollout == found.rollout  # the inference copy is not quantised
 
 
 def test_plan_counts_what_there_is(plan):
@@ -265,7 +308,7 @@ def test_module_plans_with_its_data_its_options_and_its_precision(
         StudentOnly(),
         PeriodicSuffix(4, 3, 3),
         {"anchor": ReferenceKL(0.1)},
-        optimizer=partial(torch.optim.SGD, lr=0.1),
+        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.5),
         rollout=RolloutOptions(2, 10),
         update=UpdateOptions(micro_batch_tokens=100, offload=("optimizer",)),
     )
@@ -276,5 +319,5 @@ def test_module_plans_with_its_data_its_options_and_its_precision(
     assert found.always == {"student": module_bytes(model), "reference": module_bytes(model)}
     assert found.scoring == {"teacher": module.readers.teacher.footprint}
     assert found.rollout["cache"] == cache_bytes(model, 5 * 2, longest + 10, width)
-    assert found.update["optimizer"] == 2 * module_bytes(model)
+    assert found.update["optimizer"] == module_bytes(model)
     assert found.update["activations"] == activation_bytes(model, 100, width)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from helpers import VOCABULARY, make_rollout, tiny_model
 from stable_opd.models import output_head
-from stable_opd.scoring import body, micro_batches
+from stable_opd.scoring import body, logprob_error, micro_batches
 
 
 @settings(deadline=None, max_examples=100)
@@ -96,3 +96,17 @@ def test_logits_of_a_bfloat16_model_are_float32_and_carry_no_gradient():
     assert logits.shape == (3, VOCABULARY)
     assert logits.dtype == torch.float32
     assert not logits.requires_grad  # the gradient is computed by hand, tile by tile
+
+
+def test_error_of_log_probs_is_that_at_the_written_tokens():
+    one, other = tiny_model(4), tiny_model(5)
+    distances = []
+    with torch.no_grad():
+        for prompt, row in zip(PROMPTS, ROWS, strict=True):
+            logprobs = [model(torch.tensor([prompt + row])).logits[0].log_softmax(-1) for model in (one, other)]
+            for place, token in enumerate(row, len(prompt) - 1):
+                distances.append(abs(logprobs[0][place, token] - logprobs[1][place, token]).item())
+    error = logprob_error(one, other, make_rollout(ROWS, PROMPTS))
+    assert error.mean == pytest.approx(sum(distances) / len(distances), rel=1e-4)
+    assert error.largest == pytest.approx(max(distances), rel=1e-4)
+    assert logprob_error(one, one, make_rollout(ROWS, PROMPTS)) == (0, 0)

@@ -28,7 +28,9 @@ from stable_opd.registry import Component, build, components
 from stable_opd.repetition import PeriodicSuffix, RepetitionDetector, ZlibRepetition
 from stable_opd.samplers import Sampler, Temperature, TopP
 from stable_opd.schedules import Cosine, Linear, Schedule
+from stable_opd.scoring import LogprobError, logprob_error
 from stable_opd.sources import Columns, EvaluationSet, Source
+from stable_opd.students import LoRA
 from stable_opd.tasks import ExactMatch, MathVerify, ModularChains, Task
 from stable_opd.teachers import LocalTeacher, Teacher
 from stable_opd.types import Author, Evidence, Finish, Plan, Prompts, Repetition, Rollout, Scores, TokenLoss
@@ -54,7 +56,9 @@ __all__ = [
     "InProcessEngine",
     "JensenShannon",
     "Linear",
+    "LoRA",
     "LocalTeacher",
+    "LogprobError",
     "Look",
     "LoopStop",
     "MathVerify",
@@ -92,4 +96,5 @@ __all__ = [
     "ZlibRepetition",
     "build",
     "components",
+    "logprob_error",
 ]

@@ -98,6 +98,8 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     # https://github.com/Lightning-AI/pytorch-lightning: deprecated calls that lightning 2.6.6 makes itself
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
+    # peft 0.21 asks in words that transformers 5.23 deprecates.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     # The prompts are in memory already, so workers would only copy them.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # Ours is: the sampler goes on where the global step says.

@@ -1,4 +1,4 @@
-"""The commands that are not the trainer's: `list`, `calibrate`, `detect`, `testbed`, `bench` and `report`."""
+"""The commands that are not the trainer's: `list`, `calibrate`, `detect`, `testbed`, `bench`, `report` and `export`."""
 
 import argparse
 import inspect
@@ -107,6 +107,13 @@ def bench(args: Sequence[str]) -> None:
     command.bench(args)
 
 
+def export(args: Sequence[str]) -> None:
+    """Turn a checkpoint into a folder that transformers and vLLM load."""
+    from stable_opd import export as command
+
+    command.export(args)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "list": list_components,
     "calibrate": calibrate,
@@ -114,6 +121,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "testbed": testbed,
     "report": report,
     "bench": bench,
+    "export": export,
 }
 
 

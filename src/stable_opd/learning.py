@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from stable_opd.constraints import Constraint
 from stable_opd.gradients import compare_gradients
 from stable_opd.look import Look, glance
+from stable_opd.models import trained
 from stable_opd.objective import Cutting, Objective, Piece, Reading, evaluate
 from stable_opd.objective import pieces as cut
 from stable_opd.offload import move_state
@@ -149,7 +150,7 @@ class Learner:
             tally = Tally({name: work.shares[name]}, self.model.device)
             self.learn(work, tally, Stopwatch(self.model.device), backward, processes, only=name)
 
-        return compare_gradients(list(work.shares), gradient, list(self.model.parameters()))
+        return compare_gradients(list(work.shares), gradient, trained(self.model))
 
     def update(self, optimizer: Any, scheduler: Any, moment: Moment) -> dict[str, Any]:
         """Take the optimizer step, and let learning rate and reference follow.

@@ -1,11 +1,15 @@
 """What a training step needs of a GPU's memory, phase by phase, reckoned before the first step is taken."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from stable_opd.models import trained
 from stable_opd.offload import module_bytes
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.readers import Readers
@@ -113,6 +117,21 @@ def activation_bytes(model: PreTrainedModel, tokens: int, width: int) -> int:
     return int(tokens * config.num_hidden_layers * (attention + norms + 4 * inner * width))
 
 
+def optimizer_bytes(make: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype) -> float:
+    """Return how many bytes an optimizer keeps for each number that it trains, by letting it train a matrix.
+
+    Args:
+        make: Makes it from parameters.
+        dtype: Precision of the parameters.
+    """
+    matrix = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
+    matrix.grad = torch.zeros_like(matrix)
+    optimizer = make([matrix])
+    optimizer.step()
+    kept = [each for each in optimizer.state[matrix].values() if isinstance(each, Tensor)]
+    return sum(each.nbytes for each in kept if each.dim() > 0) / matrix.numel()
+
+
 def plan_memory(
     student: PreTrainedModel,
     readers: Readers,
@@ -123,8 +142,9 @@ def plan_memory(
     longest_prompt: int,
     vocabulary: int,
     compute: torch.dtype,
+    kept: float,
 ) -> MemoryPlan:
-    """Reckon the memory of a step with an optimizer that keeps two numbers for each parameter, such as AdamW.
+    """Reckon the memory of a step.
 
     Args:
         student: The model that learns, in the precision of its parameters.
@@ -136,22 +156,25 @@ def plan_memory(
         longest_prompt: Tokens of the longest.
         vocabulary: Size of the tokenizer.
         compute: Precision of the student's forward passes.
+        kept: Bytes that the optimizer keeps for each number that learns (`optimizer_bytes`).
     """
-    weights = module_bytes(student)
-    trained = sum(each.numel() * each.element_size() for each in student.parameters() if each.requires_grad)
+    learning = trained(student)
+    # What is quantised is cast matrix by matrix.
+    plain = sum(each.numel() for each in student.parameters() if each.is_floating_point())
     head = student.get_output_embeddings().weight
-    plan = MemoryPlan(always={"student": weights})
+    plan = MemoryPlan(always={"student": module_bytes(student)})
     (plan.scoring if readers.teacher.offload else plan.always)["teacher"] = readers.teacher.footprint
     if readers.reference is not None:
         (plan.scoring if readers.offload_reference else plan.always)["reference"] = module_bytes(readers.reference)
-    (plan.update if "optimizer" in update.offload else plan.always)["optimizer"] = 2 * trained
+    state = int(kept * sum(each.numel() for each in learning))
+    (plan.update if "optimizer" in update.offload else plan.always)["optimizer"] = state
     rows = max(prompts * max(1, rollout.samples_per_prompt), eval_answers)
     length = longest_prompt + rollout.max_new_tokens
-    plan.rollout["inference copy"] = weights * compute.itemsize // student.dtype.itemsize
+    plan.rollout["inference copy"] = student.num_parameters() * compute.itemsize
     plan.rollout["cache"] = cache_bytes(student, rows, length, compute.itemsize)
-    plan.update["gradients"] = trained
+    plan.update["gradients"] = sum(each.numel() * each.element_size() for each in learning)
     if compute != student.dtype:  # mixed precision keeps what it casts for the backward pass
-        plan.update["weights in lower precision"] = weights * compute.itemsize // student.dtype.itemsize
+        plan.update["weights in lower precision"] = plain * compute.itemsize
     plan.update["activations"] = activation_bytes(student, update.micro_batch_tokens, compute.itemsize)
     plan.update["tiles of logits"] = LIVE_TILES * 4 * vocabulary * tile_size(vocabulary, student.device)
     plan.update["gradient of the head"] = 4 * head.numel() if head.requires_grad else 0

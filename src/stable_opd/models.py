@@ -1,25 +1,91 @@
 """Language models as this library uses them: where they are loaded from, their head, and whether two of them fit."""
 
 import copy
+import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from stable_opd.testbed import resolve
 
+#: How the matrices of a model's layers are stored: 4 bits each (QLoRA, arXiv 2305.14314), or 8 (LLM.int8, 2208.07339).
+Quantization = Literal["nf4", "int8"]
 
-def load_model(path: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+
+def load_model(
+    path: str, dtype: torch.dtype | None = None, quantization: Quantization | None = None
+) -> PreTrainedModel:
     """Load a causal language model.
 
     Args:
         path: A folder, a hub name, or one of the testbed's (``testbed:student``).
         dtype: Precision of the weights; none takes that in which they were saved.
+        quantization: How bitsandbytes is to store the matrices of the layers; embeddings, norms and head stay as they
+            are, and in 4 bits so do matrices whose rows are no multiple of 64. None leaves all as it is.
+
+    Raises:
+        ValueError: If the logits are no linear layer of the hidden states, or if the quantization cannot be had.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=dtype or "auto")
+    options = {} if quantization is None else _quantized(resolve(path), dtype, quantization)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=dtype or "auto", **options)
     output_head(model)  # a model whose head we cannot follow is refused here and not an hour later
     return model
+
+
+def _quantized(path: str, dtype: torch.dtype | None, quantization: Quantization) -> dict[str, Any]:
+    """Return what transformers has to be told to quantise a model while it is loaded."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"Expected bitsandbytes for the quantization {quantization}, but got none. Install it with: "
+            "pip install 'stable-opd[bitsandbytes]'"
+        )
+    # It says at every product that it computes in float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if quantization == "int8":
+        options = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = AutoConfig.from_pretrained(path)
+        options = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype or config.dtype,
+            llm_int8_skip_modules=_left_whole(config),
+        )
+    return {"quantization_config": options, "device_map": {"": "cpu"}}  # whoever asked moves it, as any other
+
+
+def _left_whole(config: Any) -> list[str]:
+    """Return the linear layers that cannot be stored in 4 bits: the head, and those whose rows end within a block.
+
+    On a CPU, bitsandbytes 0.50.2 decodes rows that are no multiple of its blocks of 64 with the scales of others, and
+    is wrong by a quarter of a weight and more.
+
+    Raises:
+        ValueError: If no layer is left.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    head = model.get_output_embeddings()
+    left = [name for name, layer in linear.items() if layer is head or layer.in_features % 64]
+    if len(left) == len(linear):
+        raise ValueError(
+            "Expected layers with multiples of 64 inputs for the quantization nf4, but got none in a model of width "
+            f"{config.get_text_config().hidden_size}. Use int8."
+        )
+    return left
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -33,6 +99,11 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     frozen = copy.deepcopy(model).requires_grad_(False)
     frozen.eval()
     return frozen
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that learn."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -102,14 +173,14 @@ def output_head(model: PreTrainedModel, vocabulary: int | None = None) -> Head:
     tokenizer's own are never written, so both sides are cut to the part that they share.
 
     Raises:
-        ValueError: If the model scales its logits in a way that this library does not follow.
+        ValueError: If the model makes its logits in a way that this library does not follow.
     """
     layer = model.get_output_embeddings()
     config = model.config.get_text_config()
     scale = next(
         (name for name in ("logit_scale", "logits_scaling") if getattr(config, name, 1.0) not in (1.0, None)), None
     )
-    if not isinstance(layer, nn.Linear) or scale:
+    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point() or scale:
         what = f"its config sets {scale}" if scale else f"its output layer is {type(layer).__name__}"
         raise ValueError(
             f"Expected a causal language model whose logits are a linear layer of its last hidden states, but {what} "

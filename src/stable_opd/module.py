@@ -21,14 +21,14 @@ from stable_opd.engines import InProcessEngine, RolloutEngine
 from stable_opd.engines.base import Blend
 from stable_opd.evaluation import Evaluation, grades, records
 from stable_opd.learning import Learner, Moment
-from stable_opd.memory import MemoryPlan, plan_memory
+from stable_opd.memory import MemoryPlan, optimizer_bytes, plan_memory
 from stable_opd.mixtures import Mixture
 from stable_opd.mixtures.student import student_rows
-from stable_opd.models import context_length, frozen_copy, load_model, load_tokenizer, stop_ids
+from stable_opd.models import context_length, load_tokenizer, stop_ids, trained
 from stable_opd.objective import Objective
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.policies import Policies
-from stable_opd.preflight import check_context, check_golden, check_parts, check_term_names
+from stable_opd.preflight import check_adapted, check_context, check_golden, check_parts, check_term_names
 from stable_opd.processes import Processes
 from stable_opd.randomness import global_seed
 from stable_opd.readers import Readers
@@ -38,6 +38,7 @@ from stable_opd.reporting import StepReport
 from stable_opd.rollouts import Writers
 from stable_opd.samplers import Sampler, Temperature
 from stable_opd.stopwatch import Stopwatch
+from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
 from stable_opd.terms import LossTerm
@@ -57,6 +58,7 @@ class OPDModule(LightningModule):
         constraints: What keeps the student stable; the key names the term in the logs, null switches one off.
         sampler: How the student draws its tokens; none draws from the student itself, at temperature 1.
         engine: Who runs generation; none generates in this process.
+        adapter: Low-rank adapters that learn in the place of the student's weights; none lets all weights learn.
         optimizer: Makes the optimizer from the student's parameters.
         lr_scheduler: Makes the learning-rate schedule, which advances with every optimizer step.
         weighting: How much each token counts in the divergence; several are multiplied, null switches one off.
@@ -66,7 +68,7 @@ class OPDModule(LightningModule):
         update: How the student learns from them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # one for each part of a recipe
         self,
         student: str,
         teacher: Teacher,
@@ -76,6 +78,7 @@ class OPDModule(LightningModule):
         constraints: dict[str, Constraint | None] | None = None,
         sampler: Sampler | None = None,
         engine: RolloutEngine | None = None,
+        adapter: LoRA | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         weighting: dict[str, Weighting | None] | None = None,
@@ -89,6 +92,8 @@ class OPDModule(LightningModule):
         self.student_path = student
         self.tokenizer = load_tokenizer(student)
         self.student: PreTrainedModel | None = None
+        self.adapter, self.strict_loading = adapter, adapter is None  # checkpoints of adapters leave the base out
+        self.adapter_of: dict[str, Any] | None = None
         check_term_names("model.constraints", constraints or {}, {"divergence", "mixture"})
         check_term_names("model.weighting", weighting or {})
         self.constraints = nn.ModuleDict({name: each for name, each in (constraints or {}).items() if each is not None})
@@ -126,18 +131,18 @@ class OPDModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Load the models that the stage needs, and check that the parts fit together."""
         if self.student is None:
-            # In float32 whatever it was saved in: at the learning rates of distillation, an update of a bfloat16 weight
-            # rounds to nothing. A precision of "bf16-true" casts it all the same.
-            self.student = load_model(self.student_path, torch.float32).train()
+            self.student = load_student(self.student_path, self.adapter, self.update_options.gradient_checkpointing)
+            self.adapter_of = None if self.adapter is None else describe_adapter(self.student, self.adapter)
             self.stop = stop_ids(self.student, self.tokenizer)
         contexts = {"student": context_length(self.student)}
         if stage == "fit":
             weightings = cast(list[Weighting], list(self.weighting.values()))
             check_parts(self.objective, self.mixture, self.policies, weightings, self.reference, self.sampler)
-            needed = any(term.needs_reference or term.keeps_reference for term in self.objective.terms.values())
-            if needed and self.readers.reference is None:
+            if self.adapter is not None:
+                check_adapted(self.objective, self.reference, self.update_options)
+            if any(term.needs_reference or term.keeps_reference for term in self.objective.terms.values()):
                 # Before a checkpoint is restored: the reference is the initial student.
-                self.readers.reference = frozen_copy(self.student)
+                self.readers.keep_reference(self.student, adapted=self.adapter is not None)
             self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
             if self.mixture.needs_writing_teacher or self.mixture.blends:
                 _ = self.readers.teacher.language_model  # refuses if it cannot write
@@ -183,13 +188,13 @@ class OPDModule(LightningModule):
         if isinstance(data, PromptDataModule):
             sizes = (data.batch_size, data.most_answers, data.longest_prompt)
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else self.model.dtype
-        return plan_memory(
-            self.model, self.readers, self.rollout_options, self.update_options, *sizes, len(self.tokenizer), compute
-        )
+        kept = optimizer_bytes(self.make_optimizer, trained(self.model)[0].dtype)
+        options = self.rollout_options, self.update_options
+        return plan_memory(self.model, self.readers, *options, *sizes, len(self.tokenizer), compute, kept)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer and its schedule."""
-        optimizer = self.make_optimizer(self.model.parameters())
+        optimizer = self.make_optimizer(trained(self.model))
         if self.make_lr_scheduler is None:
             return optimizer
         return [optimizer], [{"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}]
@@ -249,7 +254,9 @@ class OPDModule(LightningModule):
                 logger.log_metrics(scalars, step=self.global_step - 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save a reference that moves; the initial student is there already."""
+        """Save a reference that moves, and of a student with adapters the adapters; the rest is there already."""
+        if self.adapter_of is not None:
+            checkpoint |= {"adapter": self.adapter_of, "state_dict": without_base(checkpoint["state_dict"])}
         if self.reference.moves and self.readers.reference is not None:
             checkpoint["reference"] = self.readers.reference.state_dict()
 
@@ -257,8 +264,9 @@ class OPDModule(LightningModule):
         """Go on with the reference of a checkpoint, if it is one that moves.
 
         Raises:
-            ValueError: If the checkpoint has none.
+            ValueError: If the checkpoint has none, or if its adapters are not of this student.
         """
+        check_adapter(checkpoint.get("adapter"), self.adapter_of)
         if not self.reference.moves or self.readers.reference is None:
             return
         if "reference" not in checkpoint:

@@ -44,6 +44,8 @@ class UpdateOptions:
         compare_gradients_every: Steps between two comparisons of the terms' gradients: norm of each, and cosine of each
             pair. It takes a backward pass for each term; 0 never compares. The loggers get those of the steps that are
             logged (`trainer.log_every_n_steps`).
+        gradient_checkpointing: Keep no more than the inputs of the student's layers for the backward pass, and compute
+            the rest there once more. It saves memory, costs one more forward pass, and does not change the result.
     """
 
     aggregation: Aggregation = "sequence_mean"
@@ -51,6 +53,7 @@ class UpdateOptions:
     gradient_clip: float = 1.0
     offload: tuple[Literal["optimizer", "reference"], ...] = ()
     compare_gradients_every: int = 0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""

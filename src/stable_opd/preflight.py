@@ -7,6 +7,7 @@ from torch import nn
 
 from stable_opd.mixtures.base import Mixture
 from stable_opd.objective import Objective
+from stable_opd.options import UpdateOptions
 from stable_opd.policies import Policies
 from stable_opd.references import Reference
 from stable_opd.samplers.base import Sampler
@@ -126,4 +127,30 @@ def check_parts(
             "vocabulary then learn from states that the student alone would visit less or more often; advantage-shaped "
             "ones correct by the importance ratio, but never see the tokens that are ruled out. On-policy distillation "
             "assumes a temperature of 1 and nothing ruled out."
+        )
+
+
+def check_adapted(objective: Objective, reference: Reference, update: UpdateOptions) -> None:
+    """Refuse what needs a second copy of the student, where only adapters learn and the reference is the student.
+
+    Raises:
+        ValueError: If something does.
+    """
+    if reference.moves:
+        raise ValueError(
+            f"Expected the initial student as model.reference, because model.adapter is set, but got "
+            f"{type(reference).__name__}, which needs a copy of all weights. Leave model.reference out, or leave "
+            "model.adapter out to train all weights."
+        )
+    pulling = [name for name, term in objective.terms.items() if term.keeps_reference]
+    if pulling:
+        raise ValueError(
+            f"Expected constraints that look at what the student says, because model.adapter is set, but got "
+            f"{', '.join(pulling)}, which holds the student's weights and finds them frozen. Use ReferenceKL, or leave "
+            "model.adapter out."
+        )
+    if "reference" in update.offload:
+        raise ValueError(
+            "Expected no reference in model.update.offload, because model.adapter is set, but got one. The reference "
+            "is the student without its adapters and takes no memory; leave it out."
         )

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stable_opd.models import output_head
+from stable_opd.models import frozen_copy, output_head
 from stable_opd.objective import Group, Piece, Reading
 from stable_opd.offload import visiting
 from stable_opd.scoring import HiddenStates, body
+from stable_opd.students import adapters_off
 from stable_opd.teachers.base import Teacher
 
 
@@ -28,8 +29,22 @@ class Readers:
     def __init__(self, teacher: Teacher, offload_reference: bool = False) -> None:
         self.teacher = teacher
         self.reference: PreTrainedModel | None = None
+        #: The student, where it is the reference itself once its adapters are off.
+        self.adapted: PreTrainedModel | None = None
         self.offload_reference = offload_reference
         self._device = torch.device("cpu")
+
+    def keep_reference(self, student: PreTrainedModel, adapted: bool) -> None:
+        """Have a reference that is the student as it is now, unless there is one already.
+
+        Args:
+            student: The model that learns.
+            adapted: Whether only its adapters do; then it takes no copy.
+        """
+        if adapted:
+            self.adapted = student
+        elif self.reference is None:
+            self.reference = frozen_copy(student)
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Let the reference read on a device, in a precision."""
@@ -60,9 +75,9 @@ class Readers:
         """Let those models read some rows that a term needs."""
         needs_teacher = any(term.needs_teacher for term in group.terms.values())
         theirs = self.teacher.score(group.rollout) if needs_teacher else None
-        initial = None
-        if self.reference is not None and any(term.needs_reference for term in group.terms.values()):
-            with torch.no_grad():
-                head = output_head(self.reference, vocabulary).detached()
-                initial = HiddenStates(body(self.reference, group.rollout), head)
+        reference = self.adapted if self.reference is None else self.reference
+        if reference is None or not any(term.needs_reference for term in group.terms.values()):
+            return Reading(theirs)
+        with torch.no_grad(), nullcontext() if self.adapted is None else adapters_off(self.adapted):
+            initial = HiddenStates(body(reference, group.rollout), output_head(reference, vocabulary).detached())
         return Reading(theirs, initial)

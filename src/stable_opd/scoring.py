@@ -1,12 +1,13 @@
 """From rollouts to hidden states: micro-batches of rows, and one forward of a model's body over them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stable_opd.models import Head
+from stable_opd.models import Head, output_head
 from stable_opd.packing import packs
 from stable_opd.types import Rollout
 
@@ -89,3 +90,38 @@ def _padded_body(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     ids = rollout.tokens[source].where(column < totals[:, None], 0)
     hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return hidden
+
+
+class LogprobError(NamedTuple):
+    """How far the log-probs of one model are from those of another, in nats.
+
+    Attributes:
+        mean: Mean of the distances at the written tokens.
+        largest: The largest of them.
+    """
+
+    mean: float
+    largest: float
+
+
+@torch.no_grad()
+def logprob_error(model: PreTrainedModel, other: PreTrainedModel, rollout: Rollout) -> LogprobError:
+    """Measure what the quantisation of a model costs, or any other difference between two of one vocabulary.
+
+    Args:
+        model: The one.
+        other: The other.
+        rollout: B rows with N completion tokens, at which both are asked.
+    """
+    one, two = (_written(each, rollout) for each in (model, other))
+    distance = (one - two).abs()
+    return LogprobError(distance.mean().item(), distance.max().item())
+
+
+def _written(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """Return the log-prob of each completion token, (N,), row by row."""
+    head = output_head(model)
+    rows = [rollout.select(torch.tensor([row], device=rollout.lengths.device)) for row in range(len(rollout))]
+    logprobs = [head.logits(body(model, row)).log_softmax(-1) for row in rows]
+    tokens = rollout.completion[:, None]
+    return torch.cat(logprobs).gather(-1, tokens).squeeze(-1)

@@ -68,6 +68,7 @@ class Decoder:
         config = model.config.get_text_config()
         base: Any = model.base_model
         attention: Any = base.layers[0].self_attn
+        self.precision = model.dtype
         self.width, self.heads = attention.head_dim, config.num_attention_heads
         self.key_heads = config.num_key_value_heads
         self.scaling, self.epsilon = attention.scaling, config.rms_norm_eps
@@ -93,7 +94,7 @@ class Decoder:
         attention, mlp = layer.self_attn, layer.mlp
         pairs = _pairs(self.width, self.embedding.device)
         (q, q_bias), (k, k_bias), (v, v_bias), (out, out_bias), (gate, gate_bias), (up, up_bias), (down, down_bias) = (
-            _weight_and_bias(linear)
+            _weight_and_bias(linear, self.precision)
             for linear in (
                 *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
                 *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
@@ -243,15 +244,15 @@ def _reorder(weight: Tensor, order: Tensor) -> Tensor:
     return reordered
 
 
-def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(linear: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Return what a linear layer computes with, adapters and quantisation included.
 
-    Whatever stands in the place of a plain layer, it is known by what it makes of the unit vectors.
+    Whatever stands in the place of a plain layer, it is known by what it makes of the unit vectors, in the precision in
+    which the model reads.
     """
     if type(linear) is nn.Linear:
         return linear.weight, linear.bias
     some: Tensor = next(linear.parameters())
-    dtype = some.dtype if some.is_floating_point() else torch.bfloat16
     units = torch.eye(linear.in_features, device=some.device, dtype=dtype)
     bias: Tensor = linear(torch.zeros_like(units[:1]))[0]
     return (linear(units) - bias).T, bias

@@ -6,7 +6,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stable_opd.models import check_same_vocabulary, context_length, load_model, load_tokenizer, output_head
+from stable_opd.models import (
+    Quantization,
+    check_same_vocabulary,
+    context_length,
+    load_model,
+    load_tokenizer,
+    output_head,
+)
 from stable_opd.offload import module_bytes, visiting
 from stable_opd.scoring import HiddenStates, body
 from stable_opd.teachers.base import Teacher
@@ -20,11 +27,15 @@ class LocalTeacher(Teacher):
         path: A folder, a hub name, or one of the testbed's (``testbed:teacher``).
         offload: Let it rest in the host's memory while it does not score, which makes room on a GPU for the rollouts
             and the student's update; all rows of a step are then scored in one go. Its head stays until they are used.
+        quantization: Store its layers in 4 bits (``nf4``) or in 8 (``int8``), by bitsandbytes; none leaves them as they
+            were saved. The log-probs then have an error, which `stable_opd.logprob_error` measures; it depends on the
+            model.
     """
 
-    def __init__(self, path: str, offload: bool = False) -> None:
+    def __init__(self, path: str, offload: bool = False, quantization: Quantization | None = None) -> None:
         self.path = path
         self.offload = offload
+        self.quantization = quantization
         self._device = torch.device("cpu")
         self._model: PreTrainedModel | None = None
         self._vocabulary = 0
@@ -50,7 +61,7 @@ class LocalTeacher(Teacher):
         """Load the model and compare the vocabularies."""
         check_same_vocabulary(tokenizer, load_tokenizer(self.path), student, self.path)
         if self._model is None:
-            self._model = load_model(self.path).requires_grad_(False).eval()
+            self._model = load_model(self.path, quantization=self.quantization).requires_grad_(False).eval()
         self._device = device
         self._vocabulary = len(tokenizer)
         nn.Module.to(self._model, "cpu" if self.offload else device)
