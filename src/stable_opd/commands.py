@@ -100,12 +100,20 @@ def bench(args: Sequence[str]) -> None:
     command.bench(args)
 
 
+def doctor(args: Sequence[str]) -> None:
+    """Say what will go wrong with a run before its first step."""
+    from stable_opd.doctor import command
+
+    command.doctor(args)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "list": list_components,
     "calibrate": calibrate,
     "testbed": testbed,
     "report": report,
     "bench": bench,
+    "doctor": doctor,
 }
 
 

@@ -186,12 +186,11 @@ class PromptDataModule(LightningDataModule):
 
     def _loader(self, split: str, batch_size: int, sampler: Any, drop_last: bool = False) -> DataLoader[Example]:
         examples = list(enumerate(self.examples[split]))
-        collate = partial(_collate, task=self.task)
         return DataLoader(
             examples,  # type: ignore[arg-type]
             batch_size=batch_size,  # by keyword, as trainers that rebuild the loader expect
             sampler=sampler,
-            collate_fn=collate,
+            collate_fn=partial(collate, task=self.task),
             drop_last=drop_last,
         )
 
@@ -225,18 +224,27 @@ class PromptDataModule(LightningDataModule):
             raise ValueError(f"Expected at least one example in {source.path}, but {why}.")
         return examples
 
-    def _encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
-        prompt = row[self.columns.prompt]
-        if not prompt:
-            raise ValueError(f"Expected every prompt to have some text, but got {prompt!r} in the example {dict(row)}.")
+    def text(self, prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return a prompt as the text that a model reads, in the tokenizer's chat template if there is to be one.
+
+        Raises:
+            ValueError: If it is a list of messages, and there is to be none.
+        """
         if self.chat_template:
             messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        elif not isinstance(prompt, str):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        if not isinstance(prompt, str):
             raise ValueError(
                 f"Expected prompts to be text, but got a {type(prompt).__name__}. Set data.chat_template=true for "
                 "lists of chat messages."
             )
+        return prompt
+
+    def _encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+        prompt = row[self.columns.prompt]
+        if not prompt:
+            raise ValueError(f"Expected every prompt to have some text, but got {prompt!r} in the example {dict(row)}.")
+        prompt = self.text(prompt, tokenizer)
         # A chat template writes its special tokens itself; adding them again would double the start token.
         ids = tokenizer.encode(prompt, add_special_tokens=not self.chat_template)
         if not ids:
@@ -282,7 +290,8 @@ class ResumableSampler(DistributedSampler[Any]):
         return len(self.dataset) // (self.batch_size * self.num_replicas) * self.batch_size  # type: ignore[arg-type]
 
 
-def _collate(examples: list[tuple[int, Example]], task: Task | None) -> Prompts:
+def collate(examples: list[tuple[int, Example]], task: Task | None) -> Prompts:
+    """Return examples, each with its place in its dataset, as one batch."""
     return Prompts(
         ids=[example.ids for _, example in examples],
         golden=[example.golden for _, example in examples],
