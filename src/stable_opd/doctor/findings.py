@@ -144,6 +144,8 @@ def examine(patient: object, checks: Iterable[Check] | None = None) -> Report:
             report.checked.append(each.name)
         except Missing as missing:
             report.missing[each.name] = str(missing)
+        except Exception as error:  # of a template or a tokenizer, which must not stop a run that would go well
+            report.missing[each.name] = f"{type(error).__name__}: {error}"
     return report
 
 

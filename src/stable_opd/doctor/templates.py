@@ -40,7 +40,7 @@ def doubled_start(student: Speaker, examples: Sequence[Example], data: PromptDat
 def missing_start(student: Speaker, examples: Sequence[Example]) -> Iterator[Symptom]:
     """Prompts that do not begin with the start token, though the tokenizer puts it before a text."""
     start = student.tokenizer.bos_token_id
-    if start is None or student.tokenizer.encode("a")[:1] != [start]:
+    if start is None or student.tokenizer.encode("")[:1] != [start]:
         return
     missing = sum(each.ids[0] != start for each in examples)
     if missing:

@@ -63,7 +63,9 @@ def _end_of_turn(speaker: Speaker) -> int | None:
     """Return the first special token after what an assistant says; None if there is none."""
     said = "stable-opd"
     turns = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
-    rest = str(speaker.tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(said)[2]
+    _, kept, rest = str(speaker.tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(said)
+    if not kept:
+        return None
     special = set(speaker.tokenizer.all_special_ids)
     special |= {token for token, each in speaker.tokenizer.added_tokens_decoder.items() if each.special}
     return next((each for each in speaker.tokenizer.encode(rest, add_special_tokens=False) if each in special), None)
