@@ -9,6 +9,7 @@ from stable_opd.constraints import ReferenceKL
 from stable_opd.data import Columns, Example, PromptDataModule, Source
 from stable_opd.divergences import ReverseKL
 from stable_opd.doctor import CHECKS, Finding, Patient, Report, Speaker, examine, refuse
+from stable_opd.doctor.measure import Measured
 from stable_opd.learning import Learner
 from stable_opd.mixtures import GoldenMixture, StudentOnly
 from stable_opd.objective import Objective
@@ -181,6 +182,38 @@ def test_golden_solution_without_a_stop_token_is_refused():
     assert finding.found == "1 of 2 golden solutions do not end with a stop token."
     assert finding.fix == "End each with <eos>."
     assert not found("golden-end", data=data_of(example(), example(golden=None)))
+
+
+def measured(**figures) -> Measured:
+    healthy = {"tokens": 9, "kl": 0.3, "overlap": 0.7, "drift": 0.01}
+    return Measured(**healthy | {"stop_student": 0.9, "stop_teacher": 0.9, "stop_teacher_own": 0.9} | figures)
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("drift", {"drift": 0.06}),
+        ("inert-signal", {"kl": 1e-4}),
+        ("extreme-signal", {"kl": 2.1}),
+        ("extreme-signal", {"kl": float("nan")}),
+        ("teacher-stop", {"stop_teacher": 1e-4}),
+        ("golden-ending", {"stop_teacher": 1e-4, "stop_teacher_own": 0.05}),
+        ("student-stop", {"stop_student": 0.05}),
+    ],
+)
+def test_figure_is_judged_by_one_check(name, figures):
+    signal = ["drift", "inert-signal", "extreme-signal", "teacher-stop", "golden-ending", "student-stop"]
+    assert {each for each in signal if found(each, measured=measured(**figures))} == {name}
+    assert not any(found(each, measured=measured()) for each in signal)
+
+
+def test_pair_without_golden_solutions_is_not_judged_by_their_ends():
+    nothing = measured(stop_student=None, stop_teacher=None, stop_teacher_own=None)
+    assert not any(found(each, measured=nothing) for each in ("teacher-stop", "golden-ending", "student-stop"))
+
+
+def test_sampler_of_another_distribution_does_not_drift():
+    assert not found("drift", measured=measured(drift=1.0), sampler=Temperature(0.5))
 
 
 OPEN = "{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}"

@@ -322,12 +322,10 @@ def test_engine_that_draws_from_another_distribution_is_found(pair, capsys, monk
     monkeypatch.syspath_prepend(Path.cwd())
     pair.recipe["model"]["engine"] = "hot_engine.HotEngine"
     status, facts = doctor(capsys, "-c", pair.write())
-    (finding,) = facts["findings"]
-    assert (status, finding["check"], finding["severity"]) == (1, "drift", "error")
+    (finding,) = (each for each in facts["findings"] if each["check"] == "drift")
+    assert (status, finding["severity"]) == (1, "error")
     assert "model.engine" in finding["fix"]
-    # A sampler that is not the student is the finding itself, and its log-probs are meant to differ.
-    status, facts = doctor(capsys, "-c", pair.write(), *cold_sampler(pair))
-    assert [each["check"] for each in facts["findings"]] == ["sampler"]
+    assert facts["measured"]["drift"] > 0.05
 
 
 def test_every_check_was_planted():

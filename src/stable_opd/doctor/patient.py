@@ -122,7 +122,7 @@ class Patient:
 def _in_this_process(teacher: Teacher) -> Speaker | None:
     try:
         model = teacher.language_model
-    except ValueError:  # it is elsewhere
+        path = str(model.name_or_path)
+        return Speaker("teacher", path, model, load_tokenizer(path))
+    except (ValueError, OSError):  # it is elsewhere, or has no tokenizer of its own
         return None
-    path = str(model.name_or_path)
-    return Speaker("teacher", path, model, load_tokenizer(path))

@@ -36,7 +36,7 @@ def inert_signal(measured: Measured, student: Speaker, teacher: Speaker) -> Iter
 )
 def extreme_signal(measured: Measured) -> Iterator[Symptom]:
     """KL per token of student to teacher on the student's answers: above 2 nats."""
-    if measured.kl > EXTREME:
+    if not measured.kl <= EXTREME:  # nor is a divergence that is no number
         yield symptom(
             f"Teacher and student are far apart: the divergence is {measured.kl:.1f} nats a token, and of the "
             f"likeliest tokens they share {measured.overlap:.0%}."
