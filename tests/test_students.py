@@ -27,11 +27,11 @@ from stable_opd import (
     packing,
 )
 from stable_opd.constraints import InitialWeights
-from stable_opd.data import Source
 from stable_opd.models import frozen_copy, load_model, output_head, trained
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.references import MovingAverage, PeriodicReset
 from stable_opd.scoring import body
+from stable_opd.sources import Source
 from stable_opd.students import adapters_off, add_adapters, describe_adapter, load_student, without_base
 from writing import assert_captured, make_request
 

@@ -1,13 +1,14 @@
 """The command line: `stable-opd fit|validate|test|predict` by LightningCLI, and commands of our own beside it."""
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import datasets
 import transformers
@@ -61,6 +62,9 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
 
+C = TypeVar("C", bound=CLI)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command.
 
@@ -75,7 +79,17 @@ def main(args: Sequence[str] | None = None) -> None:
     if argv and argv[0] in COMMANDS:
         COMMANDS[argv[0]](argv[1:])
         return
-    CLI(
+    start(CLI, None if args is None else argv)
+
+
+def start(cli: type[C], args: list[str] | None) -> C:
+    """Parse arguments of `fit`, `validate`, `test` or `predict`, and do what they ask for.
+
+    Args:
+        cli: Does it.
+        args: The arguments; none takes those of the process.
+    """
+    return cli(
         OPDModule,
         PromptDataModule,
         subclass_mode_data=True,
@@ -86,8 +100,19 @@ def main(args: Sequence[str] | None = None) -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,  # config.yaml is the record; checkpoints hold tensors only
-        args=None if args is None else argv,
+        args=args,
     )
+
+
+@contextlib.contextmanager
+def no_arguments() -> Iterator[None]:
+    """The parser warns of arguments of the process if it is given others."""
+    kept = sys.argv
+    sys.argv = kept[:1]
+    try:
+        yield
+    finally:
+        sys.argv = kept
 
 
 def quiet() -> None:

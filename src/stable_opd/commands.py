@@ -114,6 +114,13 @@ def export(args: Sequence[str]) -> None:
     command.export(args)
 
 
+def doctor(args: Sequence[str]) -> None:
+    """Say what will go wrong with a run before its first step."""
+    from stable_opd.doctor import command
+
+    command.doctor(args)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "list": list_components,
     "calibrate": calibrate,
@@ -122,6 +129,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": report,
     "bench": bench,
     "export": export,
+    "doctor": doctor,
 }
 
 

@@ -77,6 +77,14 @@ class PromptDataModule(LightningDataModule):
         """Tokens of the longest golden solution that was loaded, its stop token included; 0 before that."""
         return max((len(example.golden or ()) for example in self.examples.get("train", [])), default=0)
 
+    def text(self, prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return a prompt as the text that a model with that tokenizer reads.
+
+        Raises:
+            ValueError: If it is a list of messages, and there is to be no chat template.
+        """
+        return self._reader(tokenizer, self.columns).text(prompt)
+
     @property
     def most_answers(self) -> int:
         """Answers of the largest evaluation batch; 0 before the sets are loaded."""
@@ -129,7 +137,7 @@ class PromptDataModule(LightningDataModule):
             rank=trainer.global_rank,
             steps_done=lambda: trainer.global_step,
         )
-        return self._loader("train", self.batch_size, sampler, partial(_collate, task=self.task), drop_last=True)
+        return self._loader("train", self.batch_size, sampler, partial(collate, task=self.task), drop_last=True)
 
     def val_dataloader(self) -> list[DataLoader[Example]]:
         """Return the evaluation prompts, each once: a loader for each set."""
@@ -139,8 +147,8 @@ class PromptDataModule(LightningDataModule):
         for name, source in self.validation.items():
             mine = range(trainer.global_rank, len(self.examples[self._split(name)]), self._world_size)
             options = EvaluationOptions(name, source.samples, source.temperature)
-            collate = partial(_collate, task=source.task or self.task, evaluation=options)
-            loaders.append(self._loader(self._split(name), self._prompts(source), list(mine), collate))
+            batched = partial(collate, task=source.task or self.task, evaluation=options)
+            loaders.append(self._loader(self._split(name), self._prompts(source), list(mine), batched))
         return loaders
 
     def test_dataloader(self) -> Any:
@@ -157,20 +165,21 @@ class PromptDataModule(LightningDataModule):
 
     def _load(self, split: str, source: Source, columns: Columns, tokenizer: PreTrainedTokenizerBase) -> None:
         """Read a source, once."""
-        if split in self.examples:
-            return
+        if split not in self.examples:
+            self.examples[split] = self._reader(tokenizer, columns, split == "train").read(split, source)
+
+    def _reader(self, tokenizer: PreTrainedTokenizerBase, columns: Columns, trains: bool = False) -> Reader:
         limits = self.max_prompt_tokens, self.max_golden_tokens
-        reader = Reader(tokenizer, columns, self.chat_template, self.instruction, *limits, trains=split == "train")
-        self.examples[split] = reader.read(split, source)
+        return Reader(tokenizer, columns, self.chat_template, self.instruction, *limits, trains=trains)
 
     def _loader(
-        self, split: str, batch_size: int, sampler: Any, collate: Any, drop_last: bool = False
+        self, split: str, batch_size: int, sampler: Any, batched: Any, drop_last: bool = False
     ) -> DataLoader[Example]:
         return DataLoader(
             list(enumerate(self.examples[split])),  # type: ignore[arg-type]
             batch_size=batch_size,  # by keyword, as trainers that rebuild the loader expect
             sampler=sampler,
-            collate_fn=collate,
+            collate_fn=batched,
             drop_last=drop_last,
         )
 
@@ -228,9 +237,10 @@ class ResumableSampler(DistributedSampler[Any]):
         return len(self.dataset) // (self.batch_size * self.num_replicas) * self.batch_size  # type: ignore[arg-type]
 
 
-def _collate(
-    examples: list[tuple[int, Example]], task: Task | None, evaluation: EvaluationOptions | None = None
+def collate(
+    examples: list[tuple[int, Example]], task: Task | None = None, evaluation: EvaluationOptions | None = None
 ) -> Prompts:
+    """Return examples, each with its place in its dataset, as one batch."""
     return Prompts(
         ids=[example.ids for _, example in examples],
         golden=[example.golden for _, example in examples],

@@ -105,6 +105,25 @@ class Reader:
             fields["answer"] = row[self.columns.answer]
         return Example(ids, solution, fields)
 
+    def text(self, prompt: str | list[dict[str, str]]) -> str:
+        """Return a prompt as the text that a model reads, with the instruction and in the chat template.
+
+        Raises:
+            ValueError: If it is a list of messages, and there is to be no chat template.
+        """
+        after = f"\n{self.instruction}" if self.instruction else ""
+        if self.chat_template:
+            messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            if after:
+                messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + after}]
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"Expected prompts to be text, but got a {type(prompt).__name__}. Set data.chat_template=true for "
+                "lists of chat messages."
+            )
+        return prompt + after
+
     def _check_columns(self, source: Source, present: list[str]) -> None:
         """Refuse a table without the columns that cannot be done without."""
         needed = {"prompt": self.columns.prompt} | ({"judged": self.columns.judged} if self.trains else {})
@@ -120,19 +139,7 @@ class Reader:
         prompt = row[self.columns.prompt]
         if not prompt:
             raise ValueError(f"Expected every prompt to have some text, but got {prompt!r} in the example {dict(row)}.")
-        after = f"\n{self.instruction}" if self.instruction else ""
-        if self.chat_template:
-            messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-            if after:
-                messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + after}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        elif isinstance(prompt, str):
-            text = prompt + after
-        else:
-            raise ValueError(
-                f"Expected prompts to be text, but got a {type(prompt).__name__}. Set data.chat_template=true for "
-                "lists of chat messages."
-            )
+        text = self.text(prompt)
         # A chat template writes its special tokens itself; adding them again would double the start token.
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not self.chat_template)
         if not ids:

@@ -21,6 +21,13 @@ GIB = 2**30
 #: probabilities of two of them, and the gradient.
 LIVE_TILES = 6
 
+#: What to do where a step does not fit.
+MAKE_ROOM = (
+    "Lower data.batch_size, model.rollout.samples_per_prompt or model.rollout.max_new_tokens (cache), or "
+    "model.update.micro_batch_tokens (activations), let the teacher, the reference or the optimizer rest in the host's "
+    "memory (offload), or use a smaller dtype."
+)
+
 
 @dataclass
 class MemoryPlan:
@@ -57,6 +64,21 @@ class MemoryPlan:
         lines += [f"  peak of {name:<30}{size / GIB:8.2f}" for name, size in self.peaks.items()]
         return "\n".join(lines)
 
+    def shortage(self, capacity: int) -> str | None:
+        """Return which phase does not fit and what needs most there, in a sentence or two; None if all fit.
+
+        Args:
+            capacity: Bytes of the device.
+        """
+        phase, peak = max(self.peaks.items(), key=lambda item: item[1])
+        if peak <= capacity:
+            return None
+        needs = sorted({**self.always, **getattr(self, phase)}.items(), key=lambda item: -item[1])[:3]
+        return (
+            f"The {phase} phase needs about {peak / GIB:.1f} GiB, but the device has {capacity / GIB:.1f} GiB. Most of "
+            f"it goes to {', '.join(f'{what} ({size / GIB:.1f} GiB)' for what, size in needs)}."
+        )
+
     def check(self, capacity: int) -> None:
         """Make sure that every phase fits.
 
@@ -66,17 +88,9 @@ class MemoryPlan:
         Raises:
             ValueError: If one does not; the message says which, what needs most there, and what to do.
         """
-        phase, peak = max(self.peaks.items(), key=lambda item: item[1])
-        if peak <= capacity:
-            return
-        needs = sorted({**self.always, **getattr(self, phase)}.items(), key=lambda item: -item[1])[:3]
-        raise ValueError(
-            f"The {phase} phase needs about {peak / GIB:.1f} GiB, but the device has {capacity / GIB:.1f} GiB. Most of "
-            f"it goes to {', '.join(f'{what} ({size / GIB:.1f} GiB)' for what, size in needs)}. Lower data.batch_size, "
-            "model.rollout.samples_per_prompt or model.rollout.max_new_tokens (cache), or "
-            "model.update.micro_batch_tokens (activations), let the teacher, the reference or the optimizer rest in "
-            "the host's memory (offload), or use a smaller dtype."
-        )
+        shortage = self.shortage(capacity)
+        if shortage:
+            raise ValueError(f"{shortage} {MAKE_ROOM}")
 
 
 def cache_bytes(model: PreTrainedModel, rows: int, length: int, width: int) -> int:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from stable_opd.constraints import Constraint
 from stable_opd.data import PromptDataModule
 from stable_opd.divergences import Divergence
+from stable_opd.doctor import Patient, examine, refuse
 from stable_opd.engines import InProcessEngine, RolloutEngine
 from stable_opd.engines.base import Blend
 from stable_opd.evaluation import Evaluation, grades, records
@@ -24,11 +25,10 @@ from stable_opd.learning import Learner, Moment
 from stable_opd.memory import MemoryPlan, optimizer_bytes, plan_memory
 from stable_opd.mixtures import Mixture
 from stable_opd.mixtures.student import student_rows
-from stable_opd.models import context_length, load_tokenizer, stop_ids, trained
+from stable_opd.models import load_tokenizer, stop_ids, trained
 from stable_opd.objective import Objective
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.policies import Policies
-from stable_opd.preflight import check_adapted, check_context, check_golden, check_parts, check_term_names
 from stable_opd.processes import Processes
 from stable_opd.randomness import global_seed
 from stable_opd.readers import Readers
@@ -41,7 +41,7 @@ from stable_opd.stopwatch import Stopwatch
 from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
-from stable_opd.terms import LossTerm
+from stable_opd.terms import LossTerm, check_term_names
 from stable_opd.types import Author, Plan, Prompts, Rollout
 from stable_opd.weightings import Weighting
 
@@ -129,53 +129,45 @@ class OPDModule(LightningModule):
         return 0.0 if steps in (0, float("inf")) else min(1.0, self.global_step / steps)
 
     def setup(self, stage: str) -> None:
-        """Load the models that the stage needs, and check that the parts fit together."""
+        """Load the models that the stage needs, and refuse what cannot work."""
+        self.load(stage)
+        refuse(examine(Patient.of(self, stage)))
+
+    def load(self, stage: str) -> None:
+        """Load the models that the stage needs."""
         if self.student is None:
             self.student = load_student(self.student_path, self.adapter, self.update_options.gradient_checkpointing)
             self.adapter_of = None if self.adapter is None else describe_adapter(self.student, self.adapter)
             self.stop = stop_ids(self.student, self.tokenizer)
-        contexts = {"student": context_length(self.student)}
-        if stage == "fit":
-            weightings = cast(list[Weighting], list(self.weighting.values()))
-            check_parts(self.objective, self.mixture, self.policies, weightings, self.reference, self.sampler)
-            if self.adapter is not None:
-                check_adapted(self.objective, self.reference, self.update_options)
-            if any(term.needs_reference or term.keeps_reference for term in self.objective.terms.values()):
-                # Before a checkpoint is restored: the reference is the initial student.
-                self.readers.keep_reference(self.student, adapted=self.adapter is not None)
-            self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
-            if self.mixture.needs_writing_teacher or self.mixture.blends:
-                _ = self.readers.teacher.language_model  # refuses if it cannot write
-            contexts["teacher"] = self.readers.teacher.context_length
-            self.learner = Learner(
-                self.student,
-                self.objective,
-                self.readers,
-                self.policies,
-                weightings,
-                self.reference,
-                self.update_options,
-                self.stop,
-                len(self.tokenizer),
-            )
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, PromptDataModule):
-            needed = stage == "fit" and self.mixture.needs_golden
-            if needed:
-                check_golden(type(self.mixture).__name__, *data.golden_count)
-            longest = data.longest_golden if needed or (stage == "fit" and self.policies.needs_golden) else 0
-            check_context(contexts, data.longest_prompt, longest, self.rollout_options.max_new_tokens)
+        if stage != "fit":
+            return
+        if any(term.needs_reference or term.keeps_reference for term in self.objective.terms.values()):
+            # Before a checkpoint is restored: the reference is the initial student.
+            self.readers.keep_reference(self.student, adapted=self.adapter is not None)
+        self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
+        if self.mixture.needs_writing_teacher or self.mixture.blends:
+            _ = self.readers.teacher.language_model  # refuses if it cannot write
+        self.learner = Learner(
+            self.student,
+            self.objective,
+            self.readers,
+            self.policies,
+            cast(list[Weighting], list(self.weighting.values())),
+            self.reference,
+            self.update_options,
+            self.stop,
+            len(self.tokenizer),
+        )
 
-    def on_fit_start(self) -> None:
-        """Move what the module does not own to the device, now that it is known."""
-        if self.trainer.precision == "16-mixed":
-            raise ValueError(
-                "The precision 16-mixed scales the gradients, which would be clipped as they are scaled. Use "
-                "bf16-mixed, bf16-true or 32-true."
-            )
+    def place(self) -> None:
+        """Move what the module does not own to the device, in the student's precision."""
         self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
         self.readers.move(self.device, self.model.dtype)
         self.reference.check(self.model.dtype)
+
+    def on_fit_start(self) -> None:
+        """Place the models, now that the device is known, and make sure that a step fits on it."""
+        self.place()
         if self.device.type == "cuda" and self.trainer.world_size == 1:  # sharded models need less than the plan says
             plan = self.memory_plan()
             rank_zero_info(str(plan))

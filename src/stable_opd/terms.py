@@ -1,6 +1,7 @@
 """What the three kinds that contribute to the loss have in common."""
 
 from abc import abstractmethod
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -57,3 +58,29 @@ class LossTerm(Component, nn.Module):
             The losses, without a graph; or None.
         """
         return None
+
+
+def check_term_names(place: str, names: Iterable[str], taken: Collection[str] = ()) -> None:
+    """Make sure that components can be logged under their names, and apart from the other terms.
+
+    Args:
+        place: The key of the configuration that holds them.
+        names: Their keys.
+        taken: Names that others have.
+
+    Raises:
+        ValueError: If one cannot.
+    """
+    names = list(names)
+    odd = sorted(name for name in names if not name.isidentifier() or hasattr(nn.ModuleDict, name))
+    if odd:
+        raise ValueError(
+            f"Expected plain words as keys of {place}, but got {', '.join(map(repr, odd))}. Choose a name of "
+            "letters, digits and underscores that is no method of a dictionary, such as 'anchor'."
+        )
+    twice = sorted(set(taken) & set(names))
+    if twice:
+        raise ValueError(
+            f"Expected a name for each constraint that no other term has, but got {', '.join(map(repr, twice))}. The "
+            f"keys of {place} name the terms in the logs; choose another key, such as 'anchor'."
+        )

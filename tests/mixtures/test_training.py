@@ -34,7 +34,6 @@ from stable_opd import (
     TokenLoss,
     components,
 )
-from stable_opd.data import Source
 from stable_opd.divergences import ForwardKL
 from stable_opd.mixtures import (
     CombinedMixture,
@@ -49,6 +48,7 @@ from stable_opd.mixtures import (
 from stable_opd.objective import Cutting, Objective, evaluate, pieces
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.readers import Readers
+from stable_opd.sources import Source
 from stable_opd.tally import Tally
 
 STUDENT, GOLDEN, TEACHER, PAST = Author

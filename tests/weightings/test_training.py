@@ -26,10 +26,10 @@ from stable_opd import (
     TopP,
 )
 from stable_opd.cli import main
-from stable_opd.data import Source
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.policies import Policies
 from stable_opd.registry import components
+from stable_opd.sources import Source
 from stable_opd.weightings import (
     AgreementCut,
     PositionWeight,

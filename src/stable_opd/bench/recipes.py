@@ -9,8 +9,7 @@ import contextlib
 import copy
 import io
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stable_opd.bench.yamls import SpecError, load
@@ -121,11 +120,11 @@ def resolve(arguments: Sequence[str]) -> Config:
     Raises:
         SpecError: If the command line refuses them; it says what the command line says.
     """
-    from stable_opd.cli import main
+    from stable_opd.cli import main, no_arguments
 
     printed, complaints = io.StringIO(), io.StringIO()
     status: Any = 0
-    with _no_arguments(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
+    with no_arguments(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
         try:
             main([*arguments, "--print_config"])
         except SystemExit as done:
@@ -134,17 +133,6 @@ def resolve(arguments: Sequence[str]) -> Config:
         raise SpecError(complaints.getvalue().strip().removeprefix("stable-opd: error:").strip())
     config: Config = load(printed.getvalue(), "the resolved recipe")
     return config
-
-
-@contextlib.contextmanager
-def _no_arguments() -> Iterator[None]:
-    """The parser warns of arguments of the process if it is given others."""
-    kept = sys.argv
-    sys.argv = kept[:1]
-    try:
-        yield
-    finally:
-        sys.argv = kept
 
 
 def _same(first: Any, second: Any) -> bool:
