@@ -188,6 +188,18 @@ def test_different_vocabularies_are_refused_with_what_differs(teacher, what):
     assert "one model family" in str(refusal.value)
 
 
+def test_added_tokens_may_have_other_names_and_ordinary_ones_may_not():
+    """DeepSeek-R1-Distill-Qwen gives the added tokens of Qwen2.5 new names, and means the same by all others."""
+    student, teacher = tokenizer_of({"a": 0, "b": 1}), tokenizer_of({"a": 0, "b": 1})
+    student.add_special_tokens({"eos_token": "<|im_end|>"})
+    teacher.add_tokens(["<think>", "</think>"])
+    check_same_vocabulary(student, teacher, "s", "t")
+    other = tokenizer_of({"a": 0, "c": 1})
+    other.add_tokens(["<think>"])
+    with pytest.raises(ValueError, match=r"such as 'b'.*such as 'c'"):
+        check_same_vocabulary(student, other, "s", "t")
+
+
 def test_every_kind_of_difference_is_named_at_once():
     with pytest.raises(ValueError, match=r"student only.*teacher only.*another id"):
         check_same_vocabulary(tokenizer_of({"a": 0, "b": 1}), tokenizer_of({"a": 1, "c": 0}), "s", "t")

@@ -241,6 +241,15 @@ def rows_missing(pair):
     return []
 
 
+def added_tokens_differ(pair):
+    for folder, name in zip(pair.both, ("<|im_start|>", "<think>"), strict=True):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens([name])
+        tokenizer.save_pretrained(folder)
+        change_model(folder, lambda model: model.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False))
+    return []
+
+
 def other_vocabulary(pair):
     text = (pair.teacher / "tokenizer.json").read_text()
     (pair.teacher / "tokenizer.json").write_text(text.replace('"#"', '"@"'))
@@ -299,6 +308,7 @@ FAULTS = [
     (student_never_stops, "student-stop", "warning", "Warm the student up first"),
     (vast_batch, "memory", "error", "model.rollout.samples_per_prompt"),
     (rows_missing, "padded-vocabulary", "error", "resize_token_embeddings(21)"),
+    (added_tokens_differ, "added-tokens", "warning", "leave data.chat_template out"),
     (other_vocabulary, "models", "error", "of one model family"),
     (no_stop_token, "models", "error", "Set eos_token in its tokenizer"),
     (no_data, "data", "error", ".jsonl"),

@@ -3,12 +3,14 @@ from importlib import util
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from helpers import EOS, TOKENIZER, make_rollout, save, tiny_model
 from stable_opd import LocalTeacher, logprob_error
 from stable_opd.models import load_model
 from stable_opd.testbed import PLACES
-from stable_opd.testbed.build import make_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -52,9 +54,9 @@ def test_context_length_is_the_models(teacher_path):
 
 
 def test_other_vocabulary_is_refused_by_name(teacher_path):
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["&"])
-    with pytest.raises(ValueError, match=r"student only.*'&'"):
+    words = {"&" if word == "#" else word: number for word, number in TOKENIZER.get_vocab().items()}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")))
+    with pytest.raises(ValueError, match=r"student only.*'&'.*teacher only.*'#'"):
         LocalTeacher(teacher_path).setup("the-pupil", tokenizer, CPU)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from stable_opd.doctor.findings import Symptom, check, symptom
 from stable_opd.doctor.patient import Speaker
+from stable_opd.models import added_ids
 
 
 @check(
@@ -23,3 +24,22 @@ def padded_vocabulary(student: Speaker, teacher: Speaker) -> Iterator[Symptom]:
         name = min(rows, key=lambda each: rows[each])
         found = f"The tokenizer has {tokens} tokens, but the {name}'s output layer has only {rows[name]} rows."
         yield symptom(found, name=name, tokens=tokens)
+
+
+@check(
+    "added-tokens",
+    "warning",
+    "Where such a token stands in a prompt or an answer, the teacher reads something else than the student.",
+    "Keep them out of the prompts: leave data.chat_template out, or give both models one chat template of other tokens.",
+)
+def added_tokens(student: Speaker, teacher: Speaker) -> Iterator[Symptom]:
+    """Tokens that were added to the vocabularies of student and teacher, whose ids have to mean the same."""
+    ids = sorted(added_ids(student.tokenizer, teacher.tokenizer))
+    names = [each.tokenizer.convert_ids_to_tokens(ids) for each in (student, teacher)]
+    differing = [(number, ours, theirs) for number, ours, theirs in zip(ids, *names, strict=True) if ours != theirs]
+    if differing:
+        number, ours, theirs = differing[0]
+        yield symptom(
+            f"{len(differing)} ids of added tokens mean something else to the teacher, such as {number}, which is "
+            f"{ours!r} to the student and {theirs!r} to the teacher."
+        )
