@@ -9,12 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 from stable_opd.report.answers import answers
-from stable_opd.report.changes import CLEAR, LASTING, QUIET, SLACK, Array
 from stable_opd.report.panels import MOST_VARIANTS, Heat, Panel, variants
 from stable_opd.report.runs import Run, differences
 from stable_opd.report.style import STYLE
 from stable_opd.report.text import escaped, number, one_line
 from stable_opd.report.verdict import COLLAPSED, ENOUGH, LAST, LONGER, MORE, Kind, Verdict
+from stable_opd.signals.changes import CLEAR, LASTING, QUIET, SLACK, Array
 
 #: A sign for each class, so that it is told by more than its colour.
 SYMBOLS: dict[Kind, str] = {

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
+from stable_opd.report.changes import LASTING, QUIET, Effect, departure, find_change, first_reaching, together
 
 from report.made import noise, ramp
-from stable_opd.report.changes import LASTING, QUIET, Effect, departure, find_change, first_reaching, together
 
 RISE, FALL = Effect("rise", absolute=1.0), Effect("fall", absolute=1.0)
 
