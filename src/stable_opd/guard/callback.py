@@ -94,11 +94,12 @@ class CollapseGuard(Callback):
         super().__init__()
         if mode not in get_args(Mode):
             raise ValueError(f"Expected a mode out of {', '.join(get_args(Mode))}, but got {mode!r}.")
-        if factor <= 1 or min(raises, rollbacks) < 0 or min(patience, calm, every, votes) < 1:
+        specific = sum(signal.specific for signal in SIGNALS)
+        if factor <= 1 or min(raises, rollbacks) < 0 or min(patience, calm, every) < 1 or not 1 <= votes <= specific:
             raise ValueError(
-                "Expected a factor above 1, raises and rollbacks of at least 0, and patience, calm, every and votes of "
-                f"at least 1, but got {factor}, {raises}, {rollbacks}, {patience}, {calm}, {every} and {votes}. With "
-                "the mode warn nothing is done at all."
+                "Expected a factor above 1, raises and rollbacks of at least 0, patience, calm and every of at least "
+                f"1, and votes between 1 and {specific}, but got {factor}, {raises}, {rollbacks}, {patience}, {calm}, "
+                f"{every} and {votes}. With the mode warn nothing is done at all."
             )
         self.mode, self.chosen, self.resting, self.factor, self.votes = mode, terms, resting, factor, votes
         self.watches = [Watch(signal) for signal in SIGNALS]

@@ -42,7 +42,7 @@ class HealthyCheckpoints:
 
         Args:
             trainer: Of the run.
-            before: Steps that were taken when the first sign began.
+            before: Number of the step in which the first sign began; the weights after as many steps wrote it.
 
         Returns:
             What was done, in words.
@@ -50,7 +50,7 @@ class HealthyCheckpoints:
         there = trainer.strategy.broadcast(sorted(step for step, path in self.paths.items() if Path(path).exists()))
         if not there:
             return "there is no healthy checkpoint to go back to"
-        step = max([each for each in there if each <= before], default=there[0])
+        step = max([each for each in there if each < before], default=there[0])
         load(trainer, self.paths[step])
         self._forget(trainer, [each for each in self.paths if each > step])
         return f"went back to the weights of step {step} ({self.paths[step]})"
