@@ -23,11 +23,13 @@ POINTS = 0.05
 VOTES = (1, 2, 3, 4)
 
 COMMANDS = """\
-The runs, for each seed N:
+Runs like these come from, for a seed N:
 
     stable-opd fit -c configs/collapse.yaml --seed_everything N --trainer.max_steps 70 --trainer.val_check_interval 5
-    stable-opd fit -c configs/quickstart.yaml --seed_everything N --trainer.val_check_interval 200
     stable-opd fit -c configs/guarded.yaml --seed_everything N --trainer.max_steps 80 --trainer.val_check_interval 10
+    stable-opd bench benchmarks/ablation.yaml --out runs/ablation
+
+The ones that were read:
 """
 
 
@@ -84,14 +86,28 @@ def guarded_table(guarded: Sequence[Run]) -> list[str]:
         answers = ", ".join(f"{e['action']} at {e['step']}" for e in run.events if e["action"] != "notice")
         lost = "yes" if fell(run) is not None else "no"
         figures = [f"{value:.3f}" for value in (accuracy[0], accuracy.min(), accuracy[-1])]
-        rows.append(f"| {run.name} | {len(run.train.steps)} | {answers or 'none'} | {' | '.join(figures)} | {lost} |")
+        rows.append(
+            f"| seed {run.config['seed_everything']} | {len(run.train.steps)} | {answers or 'none'} | {' | '.join(figures)} | {lost} |"
+        )
     return rows
+
+
+def described(runs: Sequence[Run]) -> list[str]:
+    """Return what the runs were told, those of the same words in one line."""
+    seeds: dict[str, list[str]] = {}
+    for run in runs:
+        model, trainer = run.config["model"], run.config["trainer"]
+        parts = [model["mixture"], *(each for each in (model["constraints"] or {}).values() if each)]
+        names = ", ".join(part["class_path"].rpartition(".")[2] for part in parts)
+        told = f"{names}; {len(run.train.steps)} steps, validated every {trainer['val_check_interval']}"
+        seeds.setdefault(told, []).append(str(run.config["seed_everything"]))
+    return [f"{told}: seeds {', '.join(each)}" for told, each in seeds.items()]
 
 
 def page(collapsing: Sequence[Run], healthy: Sequence[Run], guarded: Sequence[Run]) -> str:
     """Return the Markdown page."""
-    names = {"collapsing": collapsing, "healthy": healthy, "guarded": guarded}
-    told = [f"- {kind}: {len(runs)} runs, {', '.join(run.name for run in runs)}" for kind, runs in names.items()]
+    kinds = {"collapsing": collapsing, "healthy": healthy, "guarded": guarded}
+    told = [f"- {kind}: {line}" for kind, runs in kinds.items() for line in described(runs)]
     return "\n".join(
         [
             "# The collapse guard on the embedded testbed",

@@ -147,7 +147,8 @@ class CollapseGuard(Callback):
         else:
             action = self.ladder.decide(alarm)
             if action:
-                events.append({"action": action, "reason": _reason(away), "done": self._act(action, trainer, away)})
+                reason = "no alarm for a while" if action == "lower" else _reason(away)
+                events.append({"action": action, "reason": reason, "done": self._act(action, trainer, away)})
             if not away and not trainer.should_stop:
                 self.healthy.save(trainer)
         self._tell(trainer, step, events)
@@ -217,8 +218,6 @@ class CollapseGuard(Callback):
 
 def _reason(away: Sequence[Watch]) -> str:
     """Return which signals are away, since when and how far."""
-    if not away:
-        return "no alarm for a while"
     return ", ".join(
         f"{watch.signal.name} {'rose' if watch.signal.verb == 'rise' else 'fell'} from {watch.detector.level:.3g} to "
         f"{watch.detector.mean:.3g} since step {watch.detector.start}"
