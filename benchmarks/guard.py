@@ -86,9 +86,8 @@ def guarded_table(guarded: Sequence[Run]) -> list[str]:
         answers = ", ".join(f"{e['action']} at {e['step']}" for e in run.events if e["action"] != "notice")
         lost = "yes" if fell(run) is not None else "no"
         figures = [f"{value:.3f}" for value in (accuracy[0], accuracy.min(), accuracy[-1])]
-        rows.append(
-            f"| seed {run.config['seed_everything']} | {len(run.train.steps)} | {answers or 'none'} | {' | '.join(figures)} | {lost} |"
-        )
+        cells = [f"seed {run.config['seed_everything']}", str(len(run.train.steps)), answers or "none", *figures, lost]
+        rows.append("| " + " | ".join(cells) + " |")
     return rows
 
 
