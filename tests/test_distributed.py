@@ -1,6 +1,7 @@
 """Two processes on one machine, started as a user starts them."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -82,3 +83,28 @@ def test_two_processes_equal_one_on_the_same_data(aggregation, recipe):
             else:
                 same = pytest.approx(float(row[name]), rel=1e-4, abs=1e-5, nan_ok=True)
                 assert float(other[name]) == same, name
+
+
+@pytest.mark.slow
+def test_two_processes_under_a_guard_decide_alike_and_go_back_together(recipe):
+    """They would wait for each other for ever if one of them saved, or went back, alone."""
+    callbacks = [
+        {"class_path": "guard.scripted.Scripted", "init_args": {"inflated": [[11, 18]]}},
+        {"class_path": "CollapseGuard", "init_args": {"mode": "act", "resting": True, "patience": 4, "every": 5}},
+    ]
+    (recipe / "guarded.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    options = ["-c", "recipe.yaml", "-c", "guarded.yaml", "--trainer.max_steps", "21", "--data.batch_size", "4"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "stable_opd", "fit", *options, "--trainer.strategy", "ddp", "--trainer.devices", "2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (events,) = Path("runs").rglob("events.jsonl")
+    answers = [each for each in map(json.loads, events.read_text().splitlines()) if each["action"] != "notice"]
+    assert [(each["step"], each["action"]) for each in answers] == [(14, "raise"), (19, "roll back")]
+    assert "went back to the weights of step 10" in answers[1]["done"]
+    assert [path.name for path in events.parent.glob("healthy/*")] == ["step=10.ckpt"]

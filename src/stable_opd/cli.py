@@ -20,6 +20,7 @@ from stable_opd import registry
 from stable_opd.callbacks import AnswerWriter, OPDProgressBar, RolloutSamples
 from stable_opd.commands import COMMANDS
 from stable_opd.data import PromptDataModule
+from stable_opd.guard import CollapseGuard
 from stable_opd.hints import hints, options
 from stable_opd.module import OPDModule
 
@@ -56,7 +57,7 @@ class CLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if options.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
             callbacks.append(OPDProgressBar())
-        for kind in (AnswerWriter, RolloutSamples):
+        for kind in (AnswerWriter, RolloutSamples, CollapseGuard):
             if not any(isinstance(each, kind) for each in callbacks):
                 callbacks.append(kind())
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)

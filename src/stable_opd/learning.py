@@ -102,8 +102,9 @@ class Learner:
         learnt = len(rows) > 0
         if not learnt:  # one row, though it has no share: processes wait for each other in the backward pass
             rows = rollout.lengths.argmax()[None]
+        objective = self.objective.awake()
         cutting = Cutting(self.options.micro_batch_tokens, not packs(self.model), moment.progress, self.stop)
-        pieces = list(cut(rollout, repetition, self.objective, cutting, rows))
+        pieces = list(cut(rollout, repetition, objective, cutting, rows))
         readings: Iterable[list[Reading]] = self.readers.read(pieces, self.vocabulary)
         looking = any(each.needs_scores for each in self.weightings)
         if looking or self._compares(moment):  # they are read more than once
@@ -115,7 +116,7 @@ class Learner:
             look = Look(rollout, repetition, moment.progress, own, processes.gather, seen)
             for weighting in self.weightings:
                 weights = weighting(look) if weights is None else weights * weighting(look)
-        return Work(pieces, readings, self.objective.shares(rollout, processes.total, kept, weights), learnt)
+        return Work(pieces, readings, objective.shares(rollout, processes.total, kept, weights), learnt)
 
     def learn(
         self,
@@ -203,4 +204,4 @@ class Learner:
         return every > 0 and (moment.step + 1) % every == 0
 
     def _constraints(self) -> list[tuple[str, Constraint]]:
-        return [(name, each) for name, each in self.objective.own.items() if isinstance(each, Constraint)]
+        return [(name, each) for name, each in self.objective.awake().own.items() if isinstance(each, Constraint)]

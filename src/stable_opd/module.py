@@ -23,7 +23,7 @@ from stable_opd.engines.base import Blend
 from stable_opd.evaluation import Evaluation, grades, records
 from stable_opd.learning import Learner, Moment
 from stable_opd.memory import MemoryPlan, optimizer_bytes, plan_memory
-from stable_opd.mixtures import Mixture
+from stable_opd.mixtures import Mixture, StudentOnly
 from stable_opd.mixtures.student import student_rows
 from stable_opd.models import load_tokenizer, stop_ids, trained
 from stable_opd.objective import Objective
@@ -123,6 +123,11 @@ class OPDModule(LightningModule):
         return Objective(own, {"mixture": self.mixture}, self.update_options.aggregation)
 
     @property
+    def present_mixture(self) -> Mixture:
+        """The mixture, or the student alone while the mixture rests."""
+        return self.mixture if self.mixture.strength else StudentOnly()
+
+    @property
     def progress(self) -> float:
         """Share of the training that is over, from 0 to 1; 0 where the trainer has no end."""
         steps = self.trainer.estimated_stepping_batches
@@ -207,10 +212,11 @@ class OPDModule(LightningModule):
         teacher = self.readers.teacher if learning else None
         budget = self.rollout_options.max_new_tokens
         writers = Writers(self.model, self.tokenizer, self.engine, budget, self.stop, teacher)
-        with teacher.present() if teacher and self.mixture.blends else nullcontext():
+        mixture = self.present_mixture
+        with teacher.present() if teacher and mixture.blends else nullcontext():
             blend = None
-            if teacher and self.mixture.blends:
-                blend = Blend(teacher.language_model, partial(self.mixture.blend, progress=self.progress))
+            if teacher and mixture.blends:
+                blend = Blend(teacher.language_model, partial(mixture.blend, progress=self.progress))
             return writers.carry_out(plan, prompts, sampler, (global_seed(), *key_parts), blend)
 
     def training_step(self, batch: Prompts, batch_idx: int) -> None:
@@ -218,9 +224,10 @@ class OPDModule(LightningModule):
         watch = Stopwatch(self.device)
         with watch("rollout"):
             samples = self.rollout_options.samples_per_prompt
-            plan = self.mixture.plan(batch, samples, self.progress, self.global_step)
+            mixture = self.present_mixture
+            plan = mixture.plan(batch, samples, self.progress, self.global_step)
             written = self.write(batch, plan, self.sampler, self.global_step, learning=True)
-            written = self.mixture.revise(written, self.global_step)
+            written = mixture.revise(written, self.global_step)
             found = self.repetition(written)
             rollout, repetition = self.policies.replace(written, found, batch, self.stop)
         self.model.train()

@@ -1,7 +1,7 @@
 """From a rollout to gradients: which rows in which micro-batches, with which terms and denominators."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class Objective:
         """All terms."""
         return {**self.own, **self.other}
 
+    def awake(self) -> "Objective":
+        """Return the objective without the terms that rest."""
+        own, other = ({name: term for name, term in each.items() if term.strength} for each in (self.own, self.other))
+        return replace(self, own=own, other=other)
+
     def shares(
         self,
         rollout: Rollout,
@@ -48,6 +53,8 @@ class Objective:
         weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the share of each completion token in the mean of each term, (N,), by the names of the terms.
+
+        A share is multiplied by the `strength` of its term.
 
         Args:
             rollout: The whole batch of this process.
@@ -65,8 +72,9 @@ class Objective:
         counts = total(torch.stack([count for _, count in found])).clamp(min=1)
         plain, *others = (each / count for (each, _), count in zip(found, counts, strict=True))
         weighted = plain if weights is None else others.pop()
-        shares = {name: weighted if term.weighted else plain for name, term in self.own.items()}
-        return shares | dict.fromkeys(self.other, torch.stack(others).sum(0))
+        shares = {name: (weighted if term.weighted else plain) * term.strength for name, term in self.own.items()}
+        theirs = torch.stack(others).sum(0)
+        return shares | {name: theirs * term.strength for name, term in self.other.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,9 @@ class LossTerm(Component, nn.Module):
     positionwise: bool = False
     #: The weights of tokens apply to it (`Weighting`, and what is done with loops and truncated rows).
     weighted: bool = False
+    #: Factor of the term beside its own weight; `CollapseGuard` sets it while a run goes on. A term of strength 0
+    #: rests: nothing is written, read or evaluated for it.
+    strength: float = 1.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a support that nobody would ever serve, so that a typing error is not a term that does nothing."""

@@ -122,7 +122,7 @@ def test_without_a_folder_nothing_is_written_and_nothing_piles_up():
     callback = RolloutSamples()
     for _ in range(3):
         evaluate(callback, stand_in(None), [answer()])
-    assert len(callback._lines) <= 1
+    assert len(callback._records) <= 1
 
 
 def test_an_evaluation_is_written_once_and_later_steps_are_dropped(tmp_path):

@@ -41,7 +41,7 @@ def quiet(count=100):
     }
 
 
-def write_run(folder: Path, train, validation=None, config="model: {lr: 1.0}\n", samples=None) -> Path:
+def write_run(folder: Path, train, validation=None, config="model: {lr: 1.0}\n", samples=None, events=None) -> Path:
     """Write a folder as a run does: training rows, and a validation row every 20 steps."""
     folder.mkdir(parents=True, exist_ok=True)
     validation = {"val/accuracy": [0.3, 0.4, 0.5]} if validation is None else validation
@@ -58,6 +58,8 @@ def write_run(folder: Path, train, validation=None, config="model: {lr: 1.0}\n",
         (folder / "config.yaml").write_text(config, encoding="utf-8")
     if samples is not None:
         (folder / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples))
+    if events is not None:
+        (folder / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in events))
     return folder
 
 

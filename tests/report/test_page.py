@@ -181,3 +181,19 @@ def test_numbers_for_people(value, text):
 
 def test_escaped_text_may_stand_in_an_attribute():
     assert escaped("\"'<>&") == "&quot;&#x27;&lt;&gt;&amp;"
+
+
+def test_what_the_guard_did_is_told_without_what_it_only_noted(tmp_path):
+    events = [
+        {"step": 40, "action": "notice", "reason": "the entropy fell"},
+        {"step": 41, "action": "raise", "reason": f"the length rose {HOSTILE}", "done": "anchor counts 2 times"},
+    ]
+    found = read(render(write_run(tmp_path, collapsing(), events=events)))
+    for told in ("What the guard did", "step 41", "raise", "the length rose", "anchor counts 2 times"):
+        assert told in found.text
+    assert "the entropy fell" not in found.text
+    assert "script" not in [tag for tag, _ in found.tags]
+
+
+def test_without_a_guard_there_is_no_section_for_it(tmp_path):
+    assert "What the guard did" not in read(render(write_run(tmp_path, collapsing()))).text

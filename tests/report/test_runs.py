@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from report.made import quiet, write_run
-from stable_opd.report.runs import differences, flat, read_metrics, read_run, read_runs, read_samples
+from stable_opd.jsonl import read_records
+from stable_opd.report.runs import differences, flat, read_metrics, read_run, read_runs
 
 
 def test_training_and_validation_rows_are_told_apart(tmp_path):
@@ -103,8 +104,8 @@ def test_variants_are_names_without_their_seeds(tmp_path, name, variant):
 
 def test_samples_that_were_cut_are_left_out(tmp_path):
     (tmp_path / "s.jsonl").write_text('{"step": 1}\n[1]\n{"step": "x"}\n{"no": 1}\n{"step": 2, "comp')
-    assert read_samples(tmp_path / "s.jsonl") == [{"step": 1}]
-    assert read_samples(tmp_path / "none.jsonl") == []
+    assert read_records(tmp_path / "s.jsonl") == [{"step": 1}]
+    assert read_records(tmp_path / "none.jsonl") == []
 
 
 @pytest.mark.parametrize(("text", "config"), [("a: [", {}), ("- 1\n", {}), (None, {})], ids=["broken", "list", "none"])

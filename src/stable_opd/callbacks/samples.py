@@ -1,6 +1,5 @@
 """Keeping a few answers of each evaluation."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from stable_opd.jsonl import write_records
 from stable_opd.types import Prompts
 
 #: The file in the run's folder.
@@ -40,11 +40,11 @@ class RolloutSamples(Callback):
         if rows < 1:
             raise ValueError(f"Expected rows of at least 1, but got {rows}. Leave RolloutSamples out to keep none.")
         self.rows = rows
-        self._lines: list[str] = []
+        self._records: list[dict[str, Any]] = []
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
-        self._lines = []
+        self._records = []
 
     def on_validation_batch_end(
         self,
@@ -58,10 +58,9 @@ class RolloutSamples(Callback):
         """Take the records of a batch until there are enough; a module that returns no ``answers`` leaves none."""
         if trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero or not isinstance(outputs, Mapping):
             return
-        for place, record in enumerate(outputs.get("answers", [])[: self.rows - len(self._lines)]):
+        for place, record in enumerate(outputs.get("answers", [])[: self.rows - len(self._records)]):
             prompt = prompt_text(pl_module, batch, place)
-            kept = {"step": trainer.global_step, "prompt": _shortened(prompt), **chosen(record)}
-            self._lines.append(json.dumps(kept, ensure_ascii=False, default=str))
+            self._records.append({"step": trainer.global_step, "prompt": _shortened(prompt), **chosen(record)})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the answers of this evaluation, in place of those that an earlier attempt left of it or of later steps.
@@ -70,16 +69,9 @@ class RolloutSamples(Callback):
         same answers and is kept as well.
         """
         folder = trainer.log_dir  # processes agree on it, so all of them ask
-        if not self._lines or folder is None:
-            return
-        place = Path(folder) / SAMPLES
-        place.parent.mkdir(parents=True, exist_ok=True)
-        earlier = _before(place, trainer.global_step)
-        # Through a file beside it, so that a run that is killed here leaves the old one.
-        draft = place.with_suffix(".part")
-        draft.write_text("".join(f"{line}\n" for line in [*earlier, *self._lines]), encoding="utf-8", errors="replace")
-        draft.replace(place)
-        self._lines = []
+        if self._records and folder is not None:
+            write_records(Path(folder) / SAMPLES, trainer.global_step, self._records)
+            self._records = []
 
 
 def prompt_text(module: LightningModule, batch: Prompts, place: int) -> str:
@@ -96,18 +88,3 @@ def chosen(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST else text[:LONGEST] + "…"
-
-
-def _before(place: Path, step: int) -> list[str]:
-    """Return the lines of a file that belong to earlier steps; a line that was cut by a crash is dropped."""
-    if not place.exists():
-        return []
-    kept = []
-    for line in place.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] < step:
-            kept.append(line)
-    return kept

@@ -42,6 +42,8 @@ class Constraint(LossTerm):
     def pull(self, student: nn.Module, reference: nn.Module | None, progress: float) -> tuple[Tensor, Tensor] | None:
         """Add the gradient of a penalty on the weights themselves, once per optimizer step; does nothing here.
 
+        The term's `strength` is to be applied here, as there are no tokens that could have a share in it.
+
         Args:
             student: The model that learns; its parameters hold the gradients of all terms.
             reference: The initial student, for constraints that declare ``keeps_reference``.

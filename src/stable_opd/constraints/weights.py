@@ -77,6 +77,6 @@ class InitialWeights(WeightedConstraint):
                 "Expected the initial student, but got None. Start a Trainer, which keeps a copy of it for terms that "
                 "declare keeps_reference."
             )
-        weight = self.scale_at(progress)
+        weight = self.scale_at(progress) * self.strength
         value = pull_to(student, reference, weight)
         return weight * value, value

@@ -30,7 +30,7 @@ def padded_vocabulary(student: Speaker, teacher: Speaker) -> Iterator[Symptom]:
     "added-tokens",
     "warning",
     "Where such a token stands in a prompt or an answer, the teacher reads something else than the student.",
-    "Keep them out of the prompts: leave data.chat_template out, or give both models one chat template of other tokens.",
+    "Keep them out of prompts: leave data.chat_template out, or give both models a chat template of other tokens.",
 )
 def added_tokens(student: Speaker, teacher: Speaker) -> Iterator[Symptom]:
     """Tokens that were added to the vocabularies of student and teacher, whose ids have to mean the same."""

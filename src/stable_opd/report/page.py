@@ -9,12 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 from stable_opd.report.answers import answers
-from stable_opd.report.changes import CLEAR, LASTING, QUIET, SLACK, Array
 from stable_opd.report.panels import MOST_VARIANTS, Heat, Panel, variants
 from stable_opd.report.runs import Run, differences
 from stable_opd.report.style import STYLE
 from stable_opd.report.text import escaped, number, one_line
 from stable_opd.report.verdict import COLLAPSED, ENOUGH, LAST, LONGER, MORE, Kind, Verdict
+from stable_opd.signals.changes import CLEAR, LASTING, QUIET, SLACK, Array
 
 #: A sign for each class, so that it is told by more than its colour.
 SYMBOLS: dict[Kind, str] = {
@@ -62,6 +62,7 @@ def page(runs: Sequence[Run], verdicts: Sequence[Verdict], pictures: Sequence[Pi
         "plots": ("Plots", _plots(runs, pictures)),
         "answers": ("Sample answers", answers(runs)),
         "signals": ("What moved, and when", _signals(runs, verdicts)),
+        "guard": ("What the guard did", _events(runs)),
         "config": ("Configuration", _configuration(runs)),
         "rules": ("How this is decided", _rules()),
         "versions": ("Versions", _versions(runs)),
@@ -187,6 +188,17 @@ def _signals(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> str:
     )
     found = table("Signals that changed, in the order in which they began", head[len(runs) == 1 :], rows) + note
     return found if len(runs) <= FEW else f"<details><summary>Each run</summary>{found}</details>\n"
+
+
+def _events(runs: Sequence[Run]) -> str:
+    """Return what the guard did; nothing if it did nothing. Signals that changed are told of already."""
+    rows = [
+        [_name(run), f"step {event['step']}", *(escaped(event.get(key, "")) for key in ("action", "reason", "done"))]
+        for run in runs
+        for event in run.events
+        if event.get("action") != "notice"
+    ]
+    return table("Alarms and answers", ["run", "when", "what", "why", "done"], rows) if rows else ""
 
 
 def _plots(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:

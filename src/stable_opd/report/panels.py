@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from stable_opd.report.changes import Array
 from stable_opd.report.runs import Curves, Run
 from stable_opd.report.text import number, one_line
+from stable_opd.signals.changes import Array
 
 #: More variants in one picture than this cannot be told apart.
 MOST_VARIANTS = 12

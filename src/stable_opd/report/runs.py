@@ -1,7 +1,6 @@
 """Reading what `stable-opd fit` left behind."""
 
 import csv
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,9 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from stable_opd.callbacks.samples import SAMPLES
-from stable_opd.report.changes import Array
+from stable_opd.guard.callback import EVENTS
+from stable_opd.jsonl import read_records
+from stable_opd.signals.changes import Array
 
 METRICS, CONFIG = "metrics.csv", "config.yaml"
 
@@ -57,6 +58,7 @@ class Run:
         config: What it was told, resolved; empty if the file is missing.
         config_text: The same as it was written.
         samples: Some answers of the evaluations, in the order in which they were written.
+        events: What the guard noticed and did, in the order in which it happened.
     """
 
     folder: Path
@@ -66,6 +68,7 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     config_text: str = ""
     samples: Sequence[Mapping[str, Any]] = ()
+    events: Sequence[Mapping[str, Any]] = ()
 
     @property
     def variant(self) -> str:
@@ -101,7 +104,8 @@ def read_run(folder: Path, name: str) -> Run:
         _rows(table, "val/"),
         config,
         text,
-        read_samples(folder / SAMPLES),
+        read_records(folder / SAMPLES),
+        read_records(folder / EVENTS),
     )
 
 
@@ -124,21 +128,6 @@ def read_metrics(path: Path) -> dict[str, Array]:
     table = dict(zip(head, cells.T, strict=True))
     placed = np.isfinite(table["step"])
     return {name: column[placed] for name, column in table.items()}
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Read sample answers; lines that are not whole are left out."""
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            found.append(record)
-    return found
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,18 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from stable_opd.report.changes import (
-    CLEAR,
-    LASTING,
-    QUIET,
-    Array,
-    Change,
-    Effect,
-    find_change,
-    first_reaching,
-    together,
-)
 from stable_opd.report.runs import Curves, Run
+from stable_opd.signals.changes import CLEAR, LASTING, QUIET, Array, Change, first_reaching
+from stable_opd.signals.watch import SIGNALS, Signal, Watch
 
 Kind = Literal["stable", "inflating", "collapsed", "recovered", "too short to say"]
 
@@ -30,53 +21,6 @@ MORE, LONGER = 0.1, 1.5
 LAST = 10
 #: Training steps below which there is nothing to say.
 ENOUGH = QUIET + LAST
-
-
-@dataclass(frozen=True)
-class Signal:
-    """Something to watch.
-
-    Attributes:
-        name: What it is called in a sentence.
-        verb: What it does when it changes.
-        column: Where it is logged.
-        effect: The smallest change that matters.
-        specific: Whether it speaks about loops and length. The others move in healthy runs too and are never the first
-            sign.
-        where: What to look at if that is not simply a column.
-    """
-
-    name: str
-    verb: str
-    column: str
-    effect: Effect
-    specific: bool = True
-    where: Callable[[Curves], Array] | None = None
-
-    def values(self, curves: Curves) -> Array:
-        """Return the measurements."""
-        return self.where(curves) if self.where else curves[self.column]
-
-
-#: In the order in which they are expected to move before a collapse.
-SIGNALS = (
-    Signal("the stop hazard", "fall", "train/stop_hazard", Effect("fall", relative=0.2)),
-    Signal("the share of repeated tokens", "rise", "train/repeated_share", Effect("rise", absolute=0.02)),
-    Signal(
-        "the mean advantage together with the length",
-        "rise",
-        "train/advantage_mean",
-        Effect("rise", absolute=4.0),
-        where=lambda curves: together(curves["train/advantage_mean"], curves["train/length_mean"]),
-    ),
-    Signal("the length", "rise", "train/length_mean", Effect("rise", relative=0.25)),
-    Signal("truncation", "rise", "train/truncation_rate", Effect("rise", absolute=0.1)),
-    Signal("repetition", "rise", "train/repetition_rate", Effect("rise", absolute=0.02)),
-    Signal("the log-ratio tail", "rise", "train/log_ratio_p99", Effect("rise", relative=0.5), specific=False),
-    Signal("the entropy", "rise", "train/entropy_student", Effect("rise", relative=0.5), specific=False),
-    Signal("the entropy", "fall", "train/entropy_student", Effect("fall", relative=0.5), specific=False),
-    Signal("the gradient norm", "rise", "train/grad_norm", Effect("rise", relative=1.0), specific=False),
-)
 
 
 @dataclass(frozen=True)
@@ -154,9 +98,11 @@ def find_signs(train: Curves) -> list[Sign]:
     """Return the signals that changed, by the step at which they began."""
     found = []
     for signal in SIGNALS:
-        change = find_change(train.steps, signal.values(train), signal.effect)
-        if change:
-            found.append(Sign(signal, change))
+        watch, columns = Watch(signal), {name: train[name].tolist() for name in signal.columns}
+        for place, step in enumerate(train.steps.tolist()):
+            watch.observe(int(step), {name: column[place] for name, column in columns.items()})
+        if watch.change:
+            found.append(Sign(signal, watch.change))
     return sorted(found, key=lambda sign: sign.change.start)
 
 

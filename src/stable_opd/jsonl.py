@@ -1,0 +1,38 @@
+"""Files of one JSON object per line that belong to a run and go on with it."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file that have a whole-numbered ``step``.
+
+    A line that is no such object, as one that was cut by a crash, is left out; so is a file that is not there.
+    """
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            found.append(record)
+    return found
+
+
+def write_records(path: Path, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append the records of a step, in place of those that an earlier attempt left of it or of later steps.
+
+    A run that is resumed in its folder so writes no record twice.
+    """
+    earlier = [record for record in read_records(path) if record["step"] < step]
+    lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in (*earlier, *records)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Through a file beside it, so that a run that is killed here leaves the old one.
+    draft = path.with_suffix(".part")
+    draft.write_text("".join(lines), encoding="utf-8", errors="replace")
+    draft.replace(path)
