@@ -30,7 +30,7 @@ from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.policies import Policies
 from stable_opd.preflight import check_context, check_golden, check_parts, check_term_names
 from stable_opd.processes import Processes
-from stable_opd.randomness import global_seed
+from stable_opd.randomness import global_seed, seed_step
 from stable_opd.readers import Readers
 from stable_opd.references import InitialStudent, Reference
 from stable_opd.repetition import RepetitionDetector
@@ -219,6 +219,7 @@ class OPDModule(LightningModule):
 
     def training_step(self, batch: Prompts, batch_idx: int) -> None:
         """Write, score, update: one optimizer step."""
+        seed_step(self.global_step, self.global_rank)
         watch = Stopwatch(self.device)
         with watch("rollout"):
             samples = self.rollout_options.samples_per_prompt
@@ -250,16 +251,23 @@ class OPDModule(LightningModule):
                 logger.log_metrics(scalars, step=self.global_step - 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save a reference that moves; the initial student is there already."""
+        """Save a reference that moves, as the initial student is there already, and what the processes do not share."""
         if self.reference.moves and self.readers.reference is not None:
             checkpoint["reference"] = self.readers.reference.state_dict()
+        if self.trainer.world_size > 1:
+            parts = {name: part for name, part in self.named_children() if part is not self.student}
+            own = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+            checkpoint["processes"] = Processes(self.trainer).states(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the reference of a checkpoint, if it is one that moves.
+        """Go on with what this process had, and with the reference of a checkpoint, if it is one that moves.
 
         Raises:
             ValueError: If the checkpoint has none.
         """
+        states = checkpoint.get("processes")
+        if states:  # of another number of processes, some are taken twice or not at all
+            checkpoint["state_dict"].update(states[self.global_rank % len(states)])
         if not self.reference.moves or self.readers.reference is None:
             return
         if "reference" not in checkpoint:
