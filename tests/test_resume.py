@@ -16,6 +16,7 @@ import yaml
 
 from helpers import save, tiny_model
 from killing import attempt
+from stable_opd.callbacks import RunCheckpoint
 from stable_opd.cli import main
 from stable_opd.resume import checkpoints, step_of
 
@@ -166,29 +167,31 @@ def killer(moment, step, **options):
 
 @pytest.mark.parametrize("moment", ["rollout", "backward", "writing", "evaluation"])
 def test_the_same_command_goes_on_after_sigkill(moment, whole):
-    command = whole("killed", *killer(moment, 4))
+    name = f"killed-{moment}"
+    command = whole(name, *killer(moment, 4))
     process = attempt(command)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    assert len(checkpoints(folder("killed") / "checkpoints")) == 2
+    assert len(checkpoints(folder(name) / "checkpoints")) == 2
     main(command)
-    assert_same_run("killed", "whole")
-    left = {path.name for path in (folder("killed") / "checkpoints").iterdir()}
+    assert_same_run(name, "whole")
+    left = {path.name for path in (folder(name) / "checkpoints").iterdir()}
     assert left == {"last-step=6.ckpt", "last-step=7.ckpt"}  # nothing of the half that was written
 
 
 @pytest.mark.parametrize("moment", ["rollout", "backward", "evaluation"])
 def test_sigterm_finishes_the_step_saves_and_exits_with_143(moment, whole):
     """An evaluation that is due is finished too; checkpoints of single steps are not needed for that."""
-    command = whole("told", *killer(moment, 3, number=signal.SIGTERM), "--checkpoint.every_n_steps", "50")
+    name = f"told-{moment}"
+    command = whole(name, *killer(moment, 3, number=signal.SIGTERM), "--checkpoint.every_n_steps", "50")
     process = attempt(command)
     process.join(120)
     assert process.exitcode == 143
     struck = int(Path(f"{moment}-3").read_text())
     done = struck if moment == "evaluation" else struck + 1
-    assert [path.name for path in checkpoints(folder("told") / "checkpoints")] == [f"last-step={done}.ckpt"]
+    assert [path.name for path in checkpoints(folder(name) / "checkpoints")] == [f"last-step={done}.ckpt"]
     main(command)
-    assert_same_run("told", "whole")
+    assert_same_run(name, "whole")
 
 
 def test_signals_at_random_moments(whole):
@@ -283,9 +286,7 @@ CHANGES = {
 @pytest.mark.parametrize("path", ["last", "runs/whole/version_0/checkpoints/last-step=6.ckpt"], ids=["last", "path"])
 def test_another_configuration_is_refused_and_what_changed_is_named(path, flags, named, whole):
     name = "whole" if path == "last" else "elsewhere"
-    with pytest.raises(
-        ValueError, match=r"begin anew without --ckpt_path, or .* --checkpoint.accept_changes"
-    ) as error:
+    with pytest.raises(ValueError, match=r"begin anew without --ckpt_path, or .* --checkpoint.accept_changes") as error:
         main([*whole(name), *flags, "--ckpt_path", path])
     assert named in str(error.value)
 
@@ -305,6 +306,7 @@ def test_what_has_no_say_in_the_training_may_change(whole):
     assert state("longer", 8)["global_step"] == 8
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(recipe):
     blocked = Path("runs", "blocked", "version_0")
     blocked.mkdir(parents=True)
@@ -383,3 +385,9 @@ def test_two_processes_go_on_as_if_they_had_not_been_killed(whole):
     first, second = state("two")["processes"]
     assert len(first["mixture._extra_state"]) == len(second["mixture._extra_state"]) > 0
     assert first["mixture._extra_state"][0]["text"] != second["mixture._extra_state"][0]["text"]
+
+
+def test_settings_that_make_no_sense_are_refused():
+    for settings in ({"every_n_steps": 0}, {"keep": 0}):
+        with pytest.raises(ValueError, match=r"Expected every_n_steps and keep of at least 1.*enable_checkpointing"):
+            RunCheckpoint(**settings)

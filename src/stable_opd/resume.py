@@ -1,5 +1,6 @@
 """Where a run goes on: its checkpoints, whether they are whole, and whether they are of this configuration."""
 
+import contextlib
 import pickle
 import re
 import zipfile
@@ -24,6 +25,9 @@ _HARMLESS = re.compile(
     r"|data\.init_args\.(validation|task|eval_batch_size|num_workers)"
     rf"|trainer\.(?!({'|'.join(_TRAINER)})\b)\w+"
 )
+
+#: What reading a file raises that is no checkpoint, or no longer.
+_FLAWS = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
 
 _NAME = re.compile(r"last-step=(\d+)\.ckpt")
 
@@ -72,7 +76,7 @@ def check_whole(path: Path) -> None:
             peek(path)
             return
         flaw = f"the part {broken.partition('/')[2]} is not what was written"
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except _FLAWS as error:
         flaw = str(error).partition("\n")[0]
     raise ValueError(f"Expected a whole checkpoint of plain values, but got {path}: {flaw}. Go on from an earlier one.")
 
@@ -127,16 +131,17 @@ def last(config: Config) -> Place | None:
     accepted = (config.get("checkpoint") or {}).get("accept_changes", False)
     refused = None
     for folder in _folders(config):
-        checkpoint = newest(folder / "checkpoints")
-        record = _record(folder, checkpoint)
+        record = _record(folder)
         if record is None:
             continue
         different = changes(record, config)
         if not different or accepted:
+            checkpoint = newest(folder / "checkpoints")
             where = f"step {step_of(checkpoint)}" if checkpoint else "the beginning, as it left no checkpoint"
             rank_zero_info(f"The run in {folder} goes on from {where}.")
             return Place(folder, checkpoint)
-        refused = refused or refusal(different, f"the run in {folder}")
+        if checkpoints(folder / "checkpoints"):
+            refused = refused or refusal(different, f"the run in {folder}")
     if refused:
         raise ValueError(refused)
     return None
@@ -164,17 +169,17 @@ def _folders(config: Config) -> Iterator[Path]:
         yield root / f"version_{number}"
 
 
-def _record(folder: Path, checkpoint: Path | None) -> Config | None:
-    """Return the configuration of a run: that of its checkpoint, or of its folder if it left none."""
+def _record(folder: Path) -> Config | None:
+    """Return the configuration of a run: that of a checkpoint, or of its folder if it left none."""
     from stable_opd.bench.yamls import SpecError, load
 
-    if checkpoint is not None:
-        saved: Config | None = (peek(checkpoint).get("callbacks", {}).get("RunCheckpoint") or {}).get("config")
-        if saved is not None:
-            return saved
+    for each in checkpoints(folder / "checkpoints"):
+        with contextlib.suppress(*_FLAWS):
+            saved: Config | None = (peek(each).get("callbacks", {}).get("RunCheckpoint") or {}).get("config")
+            if saved is not None:
+                return saved
     path = folder / "config.yaml"
-    try:
+    with contextlib.suppress(SpecError):  # killed while it was written
         found = load(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
-    except SpecError:  # killed while it was written
-        return None
-    return found if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else None
+    return None

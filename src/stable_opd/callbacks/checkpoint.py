@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from stable_opd.resume import changes, checkpoint_path, checkpoints, refusal, step_of
+from stable_opd.resume import changes, checkpoint_path, checkpoints, peek, refusal, step_of
 
 #: Exit status of a run that was told to stop, as a shell reports it.
 STOPPED = 128 + signal.SIGTERM
@@ -65,7 +66,7 @@ class RunCheckpoint(Checkpoint):
         Raises:
             OSError: If the folder cannot be written to, or if there is no room in it.
         """
-        folder = self._folder(trainer)
+        self._told, folder = None, self._folder(trainer)
         problem = _problem(folder, _state_bytes(pl_module)) if trainer.is_global_zero and folder else None
         problem = trainer.strategy.broadcast(problem)
         if problem:
@@ -152,9 +153,7 @@ class RunCheckpoint(Checkpoint):
 
     def _stop(self, trainer: Trainer) -> None:
         step = trainer.global_step
-        rank_zero_info(
-            f"Told to stop: step {step} is saved. The same command goes on from there with --ckpt_path last."
-        )
+        rank_zero_info(f"Told to stop after step {step}; the same command goes on from there with --ckpt_path last.")
         if self._told == signal.SIGUSR1 and trainer.is_global_zero:
             _requeue()
         # The process that launched the others would kill itself if one of them failed before it ends.
@@ -179,7 +178,7 @@ class RunCheckpoint(Checkpoint):
             if trainer.is_global_zero:
                 _put(part, path)
                 _forget(folder, step, self.keep)
-        except (OSError, RuntimeError) as error:  # torch says of a failed write that it is a RuntimeError
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise OSError(_failure(folder, step, error)) from error
         finally:
             self._metrics = None
@@ -228,7 +227,8 @@ def _problem(folder: Path, size: int) -> str | None:
 
 
 def _put(part: Path, path: Path) -> None:
-    """Give a checkpoint its name once it is on the disk; one written by a sharded strategy is a folder."""
+    """Give a checkpoint its name once it is on the disk and can be read; a sharded strategy writes a folder."""
+    peek(part)
     for each in [part, *(sorted(part.rglob("*")) if part.is_dir() else []), part.parent]:
         _flush(each)
     if path.is_dir():
@@ -261,9 +261,11 @@ def _remove(path: Path) -> None:
 def _failure(folder: Path, step: int, error: Exception) -> str:
     left = checkpoints(folder)
     kept = f"The checkpoint of step {step_of(left[0])} is whole" if left else "There is no earlier one"
+    reason = str(error).partition("\n")[0]
+    way_out = "Make room" if isinstance(error, OSError) else "Let callbacks and components save plain values only"
     return (
-        f"Could not write the checkpoint of step {step} to {folder}: {type(error).__name__}: {error}. {kept}. "
-        "Make room, and start the same command again with --ckpt_path last."
+        f"Could not write the checkpoint of step {step} to {folder}: {type(error).__name__}: {reason}. {kept}. "
+        f"{way_out}, and start the same command again with --ckpt_path last."
     )
 
 
