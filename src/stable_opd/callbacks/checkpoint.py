@@ -31,13 +31,13 @@ GIB = 2**30
 class RunCheckpoint(Checkpoint):
     """Saves all that a run consists of between two steps, and stops between two steps when it is told to.
 
-    Written are ``checkpoints/last-step=<n>.ckpt`` in the run's folder: every so many steps, at the end, and before the
-    run ends by SIGTERM, or by SIGUSR1 under Slurm, which queues the job again. The step and the evaluation that are
-    under way are finished first; the exit status is 143. A file appears under its name only when it is whole, and the
-    rows of ``metrics.csv`` up to there are in it.
+    Written are ``checkpoints/last-step=<n>.ckpt`` in the run's folder: after each evaluation, every so many steps, at
+    the end, and before the run ends by SIGTERM, or by SIGUSR1 under Slurm, which queues the job again. The step and the
+    evaluation that are under way are finished first; the exit status is 143. A file appears under its name only when it
+    is whole, and the rows of ``metrics.csv`` up to there are in it.
 
     Args:
-        every_n_steps: Optimizer steps between two checkpoints.
+        every_n_steps: Optimizer steps after which a checkpoint is written, whether there was an evaluation or not.
         keep: Checkpoints that are kept, the newest ones; the others are there if the newest turns out to be damaged.
         accept_changes: Whether a run may go on from the checkpoint of another configuration.
 
@@ -58,7 +58,7 @@ class RunCheckpoint(Checkpoint):
         self._told: int | None = None
         self._saved_at: int | None = None
         self._metrics: str | None = None
-        self._between_steps = False
+        self._evaluated, self._between_steps = False, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that checkpoints can be written, before there is anything to lose.
@@ -81,18 +81,22 @@ class RunCheckpoint(Checkpoint):
         self._listen()
         self._saved_at = trainer.global_step
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that there was an evaluation; not all that belongs to it is done yet."""
+        self._evaluated = True
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Between two steps, when all of the last one is done: save if it is time, and stop if told to.
 
         Raises:
             SIGTERMException: If the run was told to stop.
         """
-        # Also if only one process was told; whoever is told later would wait for the others in vain.
+        # All of them stop if one was told, as the others would wait for it.
         told = trainer.strategy.reduce_boolean_decision(self._told is not None, all=False)
-        if told or trainer.global_step % self.every_n_steps == 0:
+        if told or self._evaluated or trainer.global_step % self.every_n_steps == 0:
             self._between_steps = True
             self._save(trainer)
-            self._between_steps = False
+            self._evaluated, self._between_steps = False, False
         if told:
             self._stop(trainer)
 
