@@ -32,7 +32,7 @@ from stable_opd.resume import checkpoints
 FLAGS = (
     *("-c", STABLE, "--ckpt_path", "last", "--checkpoint.every_n_steps", "3", "--trainer.max_steps", "24"),
     *("--trainer.val_check_interval", "8", "--trainer.limit_val_batches", "1", "--data.eval_batch_size", "32"),
-    *("--model.rollout.max_new_tokens", "48", "--trainer.enable_progress_bar", "false"),
+    *("--data.batch_size", "8", "--model.rollout.max_new_tokens", "32", "--trainer.enable_progress_bar", "false"),
 )
 #: Parts of a checkpoint that are compared.
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
@@ -134,13 +134,14 @@ def main() -> None:
         wrong = [part for part, value in result(chosen.out, name).items() if value != expected[part]]
         different += bool(wrong)
         lines.append(f"| {name} | {bar.n - before} | {', '.join(wrong) or 'none'} |")
-    write(chosen, span, lines, ends, different)
+        write(chosen, span, lines, ends, different)
 
 
 def write(chosen: argparse.Namespace, span: float, lines: list[str], ends: Counter[str], different: int) -> None:
-    """Write the table."""
+    """Write the table; of the runs so far, as a run may take long."""
     path = RESULTS / "reliability" / "kills.md"
     path.parent.mkdir(parents=True, exist_ok=True)
+    kills = sum(count for end, count in ends.items() if end.startswith("SIG"))
     text = [
         *("# Runs that were killed at random moments", ""),
         f"Made by `python -m benchmarks.kills --kills {chosen.kills} --seed {chosen.seed}` with {versions()},",
@@ -148,14 +149,13 @@ def write(chosen: argparse.Namespace, span: float, lines: list[str], ends: Count
         f"{span:.0f} s; an attempt was ended after a time drawn uniformly from that, by SIGKILL twice as often as by",
         "SIGTERM.",
         "",
-        f"**{different} of {len(lines)} runs differ from the uninterrupted one**, in weights, optimizer, schedule of",
-        "the learning rate, counters, metrics (without times) or sample answers.",
+        f"**{kills} kills; {different} of {len(lines)} runs differ from the uninterrupted one**, in weights,",
+        "optimizer, schedule of the learning rate, counters, metrics (without times) or sample answers.",
         *("", "| how an attempt ended | times |", "|---|---|"),
         *(f"| {end} | {count} |" for end, count in sorted(ends.items())),
         *("", "| run | kills | what differs |", "|---|---|---|", *lines, ""),
     ]
     path.write_text("\n".join(text), encoding="utf-8")
-    print(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stable_opd.cli import main
+from stable_opd.resume import step_of
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 #: As little work as shows that the parts fit together.
@@ -28,7 +29,7 @@ SMALL = {
 def test_recipe_runs_for_two_steps(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["fit", "-c", str(config), *(part for option in SMALL.items() for part in option)])
-    (checkpoint,) = tmp_path.rglob("*.ckpt")
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+    newest = max(tmp_path.rglob("*.ckpt"), key=step_of)
+    assert torch.load(newest, weights_only=True)["global_step"] == 2
     (metrics,) = tmp_path.rglob("metrics.csv")
     assert "train/loss" in metrics.read_text().splitlines()[0]
