@@ -11,6 +11,7 @@ import yaml
 
 from helpers import EOS, TOKENIZER, make_trainer, problems, save, tiny_model, write_jsonl
 from stable_opd.cli import main
+from stable_opd.resume import checkpoints
 
 TRAIN_KEYS = {
     "train/loss",
@@ -92,8 +93,7 @@ def read_metrics(folder="runs/opd/version_0"):
 
 
 def checkpoint(folder="runs/opd/version_0"):
-    (path,) = (Path(folder) / "checkpoints").glob("*.ckpt")
-    return str(path)
+    return str(checkpoints(Path(folder) / "checkpoints")[0])
 
 
 def student_of(path):

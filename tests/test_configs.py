@@ -9,6 +9,7 @@ import yaml
 
 import mathematics
 from stable_opd.cli import main
+from stable_opd.resume import step_of
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
@@ -42,9 +43,9 @@ def flags(options):
 
 
 def trained(folder):
-    """The checkpoint and the header of the figures that a run left."""
-    (checkpoint,) = folder.rglob("*.ckpt")
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+    """The header of the figures that a run of two steps left."""
+    newest = max(folder.rglob("*.ckpt"), key=step_of)
+    assert torch.load(newest, weights_only=True)["global_step"] == 2
     (metrics,) = folder.rglob("metrics.csv")
     return metrics.read_text().splitlines()[0].split(",")
 

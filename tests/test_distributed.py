@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from stable_opd.cli import main
+from stable_opd.resume import checkpoints
 
 
 @pytest.fixture
@@ -46,8 +47,7 @@ def recipe(student_path, teacher_path, train_path, validation_path, tmp_path, mo
 
 def read(version):
     folder = Path(f"runs/opd/version_{version}")
-    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
-    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    state = torch.load(checkpoints(folder / "checkpoints")[0], weights_only=True)["state_dict"]
     with (folder / "metrics.csv").open() as file:
         return {name: tensor for name, tensor in state.items() if "student" in name}, list(csv.DictReader(file))
 
@@ -72,7 +72,7 @@ def test_two_processes_equal_one_on_the_same_data(aggregation, recipe):
         torch.testing.assert_close(
             found[name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
-    moved = torch.load(next(Path("runs/opd/version_0/checkpoints").glob("*.ckpt")), weights_only=True)
+    moved = torch.load(checkpoints(Path("runs/opd/version_0/checkpoints"))[0], weights_only=True)
     assert moved["global_step"] == 2
     assert len(rows) == len(other_rows)
     for row, other in zip(rows, other_rows, strict=True):

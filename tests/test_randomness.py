@@ -1,8 +1,10 @@
 import itertools
+import random
 
+import numpy as np
 import torch
 
-from stable_opd.randomness import global_seed, key, uniforms
+from stable_opd.randomness import global_seed, key, seed_step, uniforms
 
 
 def test_a_key_follows_from_its_parts_and_nothing_else():
@@ -63,3 +65,14 @@ def test_seed_is_the_one_that_seed_everything_leaves(monkeypatch):
     assert global_seed() == 17
     monkeypatch.delenv("PL_GLOBAL_SEED")
     assert global_seed() == 0
+
+
+def test_what_a_step_draws_does_not_depend_on_what_was_drawn_before():
+    def drawn(step, rank):
+        seed_step(step, rank)
+        return torch.rand(()).item(), float(np.random.rand()), random.random()
+
+    first = drawn(3, 0)
+    assert drawn(3, 0) == first
+    for step, rank in ((4, 0), (3, 1)):
+        assert all(one != other for one, other in zip(drawn(step, rank), first, strict=True))

@@ -8,6 +8,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import datasets
@@ -16,8 +17,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from stable_opd import registry
-from stable_opd.callbacks import AnswerWriter, OPDProgressBar, RolloutSamples
+from stable_opd import registry, resume
+from stable_opd.bench.yamls import load
+from stable_opd.callbacks import AnswerWriter, OPDProgressBar, RolloutSamples, RunCheckpoint
 from stable_opd.commands import COMMANDS
 from stable_opd.data import PromptDataModule
 from stable_opd.guard import CollapseGuard
@@ -48,7 +50,45 @@ class Parser(LightningArgumentParser):
 
 
 class CLI(LightningCLI):
-    """LightningCLI whose trainer shows our progress bar, and keeps answers of evaluations and predictions."""
+    """LightningCLI whose trainer shows our progress bar, keeps answers, and saves what a killed run goes on from."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let flags and YAML say how runs are saved."""
+        parser.add_class_arguments(RunCheckpoint, "checkpoint")
+
+    def before_instantiate_classes(self) -> None:
+        """Find where a run goes on: its logger has to write into the folder of that run."""
+        self.record: resume.Config = load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        options = self.config[self.subcommand]
+        path = options.ckpt_path
+        if path is None and self.subcommand == "fit" and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+            path = "last"  # the same command, which Slurm has queued again
+        if path == "last":
+            place = resume.last(self.record)
+            path = place and place.checkpoint
+            if place and self.subcommand == "fit" and self._logger() is not None:
+                self._logger().version = place.folder.name
+                # The metrics that it says it will delete are in the checkpoint.
+                warnings.filterwarnings("ignore", message="Experiment logs directory .* is not empty")
+        elif path is not None and os.path.exists(path):
+            resume.check_whole(Path(path))
+        self.checkpoint = path
+
+    def after_instantiate_classes(self) -> None:
+        """Hand the checkpoint over, and let config.yaml keep the command as it was given."""
+        self.config_init[self.subcommand].ckpt_path = self.checkpoint
+        if self._logger() is not None:
+            self._logger().version = resume.logger_settings(self.record)["version"]
+
+    def _logger(self) -> Any:
+        """Return the settings of the first logger, if it has numbered folders."""
+        logger = self.config[self.subcommand].trainer.logger
+        logger = logger[0] if isinstance(logger, list) and logger else logger
+        settings = getattr(logger, "init_args", None)
+        return settings if settings is not None and "version" in settings else None
+
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings out of a checkpoint: config.yaml is the record."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; a callback of the same kind in the YAML takes the place of ours."""
@@ -60,6 +100,11 @@ class CLI(LightningCLI):
         for kind in (AnswerWriter, RolloutSamples, CollapseGuard):
             if not any(isinstance(each, kind) for each in callbacks):
                 callbacks.append(kind())
+        if options.enable_checkpointing is not False and not any(isinstance(each, RunCheckpoint) for each in callbacks):
+            callbacks.append(self.config_init[self.subcommand].checkpoint)
+        for each in callbacks:
+            if isinstance(each, RunCheckpoint):
+                each.config = self.record
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
 

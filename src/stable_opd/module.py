@@ -30,7 +30,7 @@ from stable_opd.objective import Objective
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.policies import Policies
 from stable_opd.processes import Processes
-from stable_opd.randomness import global_seed
+from stable_opd.randomness import global_seed, seed_step
 from stable_opd.readers import Readers
 from stable_opd.references import InitialStudent, Reference
 from stable_opd.repetition import RepetitionDetector
@@ -221,6 +221,7 @@ class OPDModule(LightningModule):
 
     def training_step(self, batch: Prompts, batch_idx: int) -> None:
         """Write, score, update: one optimizer step."""
+        seed_step(self.global_step, self.global_rank)
         watch = Stopwatch(self.device)
         with watch("rollout"):
             samples = self.rollout_options.samples_per_prompt
@@ -253,19 +254,26 @@ class OPDModule(LightningModule):
                 logger.log_metrics(scalars, step=self.global_step - 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save a reference that moves, and of a student with adapters the adapters; the rest is there already."""
+        """Save a moving reference, what the processes do not share, and of a student with adapters the adapters only."""
         if self.adapter_of is not None:
             checkpoint |= {"adapter": self.adapter_of, "state_dict": without_base(checkpoint["state_dict"])}
         if self.reference.moves and self.readers.reference is not None:
             checkpoint["reference"] = self.readers.reference.state_dict()
+        if self.trainer.world_size > 1:
+            parts = {name: part for name, part in self.named_children() if part is not self.student}
+            own = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+            checkpoint["processes"] = Processes(self.trainer).states(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the reference of a checkpoint, if it is one that moves.
+        """Go on with what this process had, and with the reference of a checkpoint, if it is one that moves.
 
         Raises:
             ValueError: If the checkpoint has none, or if its adapters are not of this student.
         """
         check_adapter(checkpoint.get("adapter"), self.adapter_of)
+        states = checkpoint.get("processes")
+        if states:  # of another number of processes, some are taken twice or not at all
+            checkpoint["state_dict"].update(states[self.global_rank % len(states)])
         if not self.reference.moves or self.readers.reference is None:
             return
         if "reference" not in checkpoint:

@@ -1,10 +1,12 @@
 """What the processes of a run have to agree on."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -32,6 +34,13 @@ class Processes:
     def gather(self, values: Tensor) -> Tensor:
         """Put the values of all processes one after the other, (n,) -> (m,); n may be 0, and differ."""
         return torch.cat(gather_all_tensors(values)) if self.count > 1 else values
+
+    def states(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the states of all processes, by their number; on the first process only, the others get nothing."""
+        first = self.trainer.is_global_zero
+        states: list[Any] = [None] * self.count if first else []
+        torch.distributed.gather_object(move_data_to_device(own, torch.device("cpu")), states if first else None)
+        return states
 
     def together(self, last: bool) -> AbstractContextManager[None]:
         """Let a backward pass add up gradients over processes, if it is the last one of a step."""

@@ -6,8 +6,10 @@ of a row does not depend on how the batch was spread over processes.
 
 import hashlib
 import os
+import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,3 +29,16 @@ def uniforms(keys: Sequence[int], count: int) -> Tensor:
     """Return ``count`` uniform numbers in [0, 1) for each key, (len(keys), count) float32, on the CPU."""
     generator = torch.Generator()
     return torch.stack([torch.rand(count, generator=generator.manual_seed(each), dtype=torch.float32) for each in keys])
+
+
+def seed_step(step: int, rank: int) -> None:
+    """Let what draws from the global generators in a step, such as dropout, draw the same whenever the step is taken.
+
+    Args:
+        step: Optimizer steps taken so far.
+        rank: Number of this process.
+    """
+    seed = key(global_seed(), "step", step, rank)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

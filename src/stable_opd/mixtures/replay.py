@@ -22,8 +22,8 @@ class ReplayMixture(WeightedMixture):
         weight * divergence on rows y ~ p_old, for an advantage-shaped one with the ratio p / p_old
 
     It gets more out of rollouts that were expensive to write; the older the rows, the less the student would write
-    them. Rows are kept in the order in which they were written, the oldest leave first, and are saved in checkpoints
-    (those of the first process).
+    them. Rows are kept in the order in which they were written, the oldest leave first, and are saved in checkpoints;
+    each process has its own.
 
     The ratio is that of the token: it corrects for who wrote it, and not for who wrote what stands before it.
 

@@ -1,0 +1,185 @@
+"""Where a run goes on: its checkpoints, whether they are whole, and whether they are of this configuration."""
+
+import contextlib
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+Config = Mapping[str, Any]
+
+#: Options of the trainer that have a say in what is learnt.
+_TRAINER = (
+    *("accelerator", "strategy", "devices", "num_nodes", "precision", "plugins", "limit_train_batches"),
+    *("overfit_batches", "deterministic"),
+)
+
+#: What may differ between two attempts at one run: where to go on, how long, what is evaluated, and where files go.
+_HARMLESS = re.compile(
+    r"config|ckpt_path|weights_only|checkpoint|model\.rollout\.eval_temperature"
+    r"|data\.init_args\.(validation|task|eval_batch_size|num_workers)"
+    rf"|trainer\.(?!({'|'.join(_TRAINER)})\b)\w+"
+)
+
+#: What reading a file raises that is no checkpoint, or no longer.
+_FLAWS = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
+
+_NAME = re.compile(r"last-step=(\d+)\.ckpt")
+
+
+class Place(NamedTuple):
+    """Where a run goes on.
+
+    Attributes:
+        folder: Its folder.
+        checkpoint: Its newest whole checkpoint; None if it left none, so that it begins anew there.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the checkpoint of a step in a folder of checkpoints."""
+    return folder / f"last-step={step}.ckpt"
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint that is named by it; -1 if it is not."""
+    named = _NAME.fullmatch(path.name)
+    return int(named.group(1)) if named else -1
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest first."""
+    return sorted((each for each in folder.glob("*.ckpt") if step_of(each) >= 0), key=step_of, reverse=True)
+
+
+def check_whole(path: Path) -> None:
+    """Make sure that a checkpoint is as it was written, and that it holds plain values.
+
+    Every part of the file has a checksum, which `torch.load` does not look at.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    file = path / "meta.pt" if path.is_dir() else path  # a sharded strategy writes a folder
+    try:
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+        if broken is None:
+            peek(path)
+            return
+        flaw = f"the part {broken.partition('/')[2]} is not what was written"
+    except _FLAWS as error:
+        flaw = str(error).partition("\n")[0]
+    raise ValueError(f"Expected a whole checkpoint of plain values, but got {path}: {flaw}. Go on from an earlier one.")
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds, without reading its tensors and without unpickling objects."""
+    file = path / "meta.pt" if path.is_dir() else path
+    found: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return found
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a folder that is whole; what is damaged is named and left out."""
+    for each in checkpoints(folder):
+        try:
+            check_whole(each)
+        except ValueError as error:
+            rank_zero_warn(str(error))
+        else:
+            return each
+    return None
+
+
+def changes(before: Config, after: Config) -> list[str]:
+    """Return what differs between two configurations and has a say in what is learnt, a phrase for each."""
+    from stable_opd.bench.recipes import differences
+
+    return [each for each in differences(before, after) if not _HARMLESS.match(each.partition(":")[0])]
+
+
+def refusal(different: list[str], what: str) -> str:
+    """Return why a run does not go on with another configuration."""
+    return (
+        f"Expected the configuration with which {what} was trained, but got {len(different)} changes: "
+        f"{'; '.join(different)}. Set them back, begin anew without --ckpt_path, or go on all the same with "
+        "--checkpoint.accept_changes true."
+    )
+
+
+def last(config: Config) -> Place | None:
+    """Find the run that a command continues: the newest of its configuration, where its logger writes.
+
+    Args:
+        config: The resolved configuration of the command.
+
+    Returns:
+        Where it goes on; None if there is no run yet.
+
+    Raises:
+        ValueError: If there are runs, but all of another configuration.
+    """
+    accepted = (config.get("checkpoint") or {}).get("accept_changes", False)
+    refused = None
+    for folder in _folders(config):
+        record = _record(folder)
+        if record is None:
+            continue
+        different = changes(record, config)
+        if not different or accepted:
+            checkpoint = newest(folder / "checkpoints")
+            where = f"step {step_of(checkpoint)}" if checkpoint else "the beginning, as it left no checkpoint"
+            rank_zero_info(f"The run in {folder} goes on from {where}.")
+            return Place(folder, checkpoint)
+        if checkpoints(folder / "checkpoints"):
+            refused = refused or refusal(different, f"the run in {folder}")
+    if refused:
+        raise ValueError(refused)
+    return None
+
+
+def logger_settings(config: Config) -> Config:
+    """Return the settings of the first logger."""
+    logger = config["trainer"].get("logger")
+    logger = logger[0] if isinstance(logger, list) and logger else logger
+    return (logger.get("init_args") or {}) if isinstance(logger, Mapping) else {}
+
+
+def _folders(config: Config) -> Iterator[Path]:
+    """Yield the folders in which a run of this configuration may be, the newest first."""
+    settings = logger_settings(config)
+    if "version" not in settings:  # one that names its runs by itself, or none
+        yield Path(config["trainer"].get("default_root_dir") or ".")
+        return
+    root, version = Path(settings["save_dir"]) / (settings.get("name") or ""), settings["version"]
+    if version is not None:
+        yield root / (version if isinstance(version, str) else f"version_{version}")
+        return
+    numbers = [each.name.removeprefix("version_") for each in root.glob("version_*")]
+    for number in sorted((int(each) for each in numbers if each.isdigit()), reverse=True):
+        yield root / f"version_{number}"
+
+
+def _record(folder: Path) -> Config | None:
+    """Return the configuration of a run: that of a checkpoint, or of its folder if it left none."""
+    from stable_opd.bench.yamls import SpecError, load
+
+    for each in checkpoints(folder / "checkpoints"):
+        with contextlib.suppress(*_FLAWS):
+            saved: Config | None = (peek(each).get("callbacks", {}).get("RunCheckpoint") or {}).get("config")
+            if saved is not None:
+                return saved
+    path = folder / "config.yaml"
+    with contextlib.suppress(SpecError):  # killed while it was written
+        found = load(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
+        return found if isinstance(found, dict) else None
+    return None
