@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ from stable_opd.models import context_length, frozen_copy, load_model, load_toke
 from stable_opd.objective import Objective
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.policies import Policies
-from stable_opd.preflight import check_context, check_golden, check_parts, check_term_names
+from stable_opd.preflight import check_context, check_golden, check_parts, check_term_names, say_terminal
 from stable_opd.processes import Processes
 from stable_opd.randomness import global_seed
 from stable_opd.readers import Readers
@@ -40,6 +41,7 @@ from stable_opd.samplers import Sampler, Temperature
 from stable_opd.stopwatch import Stopwatch
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
+from stable_opd.terminal import SEPARATE, SemanticClass, StopRule, TerminalIds, TerminalPolicy
 from stable_opd.terms import LossTerm
 from stable_opd.types import Author, Plan, Prompts, Rollout
 from stable_opd.weightings import Weighting
@@ -61,6 +63,7 @@ class OPDModule(LightningModule):
         lr_scheduler: Makes the learning-rate schedule, which advances with every optimizer step.
         weighting: How much each token counts in the divergence; several are multiplied, null switches one off.
         reference: Who the constraints hold the student against; none takes the initial student.
+        terminal: What is done where student and teacher end their answers with different tokens; none makes them one.
         rollout: How answers are written.
         policies: What is done with rows that repeat themselves or were cut.
         update: How the student learns from them.
@@ -80,6 +83,7 @@ class OPDModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         weighting: dict[str, Weighting | None] | None = None,
         reference: Reference | None = None,
+        terminal: TerminalPolicy | None = None,
         rollout: RolloutOptions = RolloutOptions(),
         policies: Policies = Policies(),
         update: UpdateOptions = UpdateOptions(),
@@ -97,7 +101,7 @@ class OPDModule(LightningModule):
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.rollout_options, self.policies, self.update_options = rollout, policies, update
         self.weighting = nn.ModuleDict({name: each for name, each in (weighting or {}).items() if each is not None})
-        self.reference = reference or InitialStudent()
+        self.reference, self.terminal = reference or InitialStudent(), terminal or SemanticClass()
         # What serves and does not learn stays out of the module's parameters and checkpoints.
         self.readers = Readers(teacher, "reference" in update.offload)
         self.engine = engine or InProcessEngine()
@@ -130,6 +134,7 @@ class OPDModule(LightningModule):
             # rounds to nothing. A precision of "bf16-true" casts it all the same.
             self.student = load_model(self.student_path, torch.float32).train()
             self.stop = stop_ids(self.student, self.tokenizer)
+            self.stop_rule = StopRule(tuple(self.stop))
         contexts = {"student": context_length(self.student)}
         if stage == "fit":
             weightings = cast(list[Weighting], list(self.weighting.values()))
@@ -142,6 +147,9 @@ class OPDModule(LightningModule):
             if self.mixture.needs_writing_teacher or self.mixture.blends:
                 _ = self.readers.teacher.language_model  # refuses if it cannot write
             contexts["teacher"] = self.readers.teacher.context_length
+            terminal = TerminalIds.of(self.stop, self.readers.teacher.stop_ids, self.tokenizer)
+            self.stop_rule = self.terminal.rule(terminal)
+            say_terminal(self.terminal, terminal, self.tokenizer)
             self.learner = Learner(
                 self.student,
                 self.objective,
@@ -150,8 +158,9 @@ class OPDModule(LightningModule):
                 weightings,
                 self.reference,
                 self.update_options,
-                self.stop,
+                terminal.union,
                 len(self.tokenizer),
+                self.stop_rule,
             )
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PromptDataModule):
@@ -210,11 +219,13 @@ class OPDModule(LightningModule):
         self.model.eval()
         teacher = self.readers.teacher if learning else None
         budget = self.rollout_options.max_new_tokens
-        writers = Writers(self.model, self.tokenizer, self.engine, budget, self.stop, teacher)
+        rule = self.stop_rule if learning else SEPARATE
+        writers = Writers(self.model, self.tokenizer, self.engine, budget, self.stop_rule.stop, teacher, rule)
         with teacher.present() if teacher and self.mixture.blends else nullcontext():
             blend = None
             if teacher and self.mixture.blends:
-                blend = Blend(teacher.language_model, partial(self.mixture.blend, progress=self.progress))
+                mix = partial(self.mixture.blend, progress=self.progress)
+                blend = Blend(teacher.language_model, mix, rule.teacher)
             return writers.carry_out(plan, prompts, sampler, (global_seed(), *key_parts), blend)
 
     def training_step(self, batch: Prompts, batch_idx: int) -> None:
@@ -226,7 +237,7 @@ class OPDModule(LightningModule):
             written = self.write(batch, plan, self.sampler, self.global_step, learning=True)
             written = self.mixture.revise(written, self.global_step)
             found = self.repetition(written)
-            rollout, repetition = self.policies.replace(written, found, batch, self.stop)
+            rollout, repetition = self.policies.replace(written, found, batch, self.stop_rule.stop)
         self.model.train()
         moment, processes = Moment(self.progress, self.global_step), Processes(self.trainer)
         with watch("score"):
@@ -250,16 +261,19 @@ class OPDModule(LightningModule):
                 logger.log_metrics(scalars, step=self.global_step - 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save a reference that moves; the initial student is there already."""
+        """Save what ends an answer, and a reference that moves; the initial student is there already."""
+        checkpoint["stop_ids"] = list(self.stop_rule.stop)
         if self.reference.moves and self.readers.reference is not None:
             checkpoint["reference"] = self.readers.reference.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the reference of a checkpoint, if it is one that moves.
+        """Go on with the reference of a checkpoint, if it is one that moves, and end answers as it was trained to.
 
         Raises:
-            ValueError: If the checkpoint has none.
+            ValueError: If a reference moves, and the checkpoint has none.
         """
+        if self.trainer.state.fn != TrainerFn.FITTING:  # which asks the teacher
+            self.stop_rule = StopRule(tuple(checkpoint.get("stop_ids", self.stop_rule.stop)))
         if not self.reference.moves or self.readers.reference is None:
             return
         if "reference" not in checkpoint:

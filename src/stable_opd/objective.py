@@ -11,6 +11,7 @@ from stable_opd.models import output_head
 from stable_opd.reduce import Aggregation, numerators
 from stable_opd.scoring import HiddenStates, body, micro_batches
 from stable_opd.streaming import Part, StreamedLoss, streamed_loss
+from stable_opd.terminal import StopEvent
 from stable_opd.terms import LossTerm
 from stable_opd.types import Author, Evidence, Repetition, Rollout
 
@@ -200,6 +201,7 @@ def evaluate(
     student: PreTrainedModel,
     vocabulary: int,
     diagnose: bool = True,
+    event: StopEvent | None = None,
 ) -> StreamedLoss:
     """Let the student read a micro-batch and evaluate the terms.
 
@@ -210,6 +212,8 @@ def evaluate(
         student: The model that learns.
         vocabulary: Size of the shared vocabulary.
         diagnose: As for `part_of`.
+        event: The terminal ids that the student's log-probs have as one.
     """
     parts = [part_of(group, reading, shares, diagnose) for group, reading in zip(piece.groups, readings, strict=True)]
-    return streamed_loss(HiddenStates(body(student, piece.rollout), output_head(student, vocabulary)), parts)
+    states = HiddenStates(body(student, piece.rollout), output_head(student, vocabulary), event)
+    return streamed_loss(states, parts)

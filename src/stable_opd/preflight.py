@@ -2,14 +2,17 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from stable_opd.mixtures.base import Mixture
 from stable_opd.objective import Objective
 from stable_opd.policies import Policies
 from stable_opd.references import Reference
+from stable_opd.registry import summary
 from stable_opd.samplers.base import Sampler
+from stable_opd.terminal import TerminalIds, TerminalPolicy
 from stable_opd.types import Author
 from stable_opd.weightings.base import Weighting
 
@@ -127,3 +130,17 @@ def check_parts(
             "ones correct by the importance ratio, but never see the tokens that are ruled out. On-policy distillation "
             "assumes a temperature of 1 and nothing ruled out."
         )
+
+
+def say_terminal(policy: TerminalPolicy, ids: TerminalIds, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say in the log with which tokens student and teacher end their answers, unless it is one token for both."""
+    if len(ids.union) == 1:
+        return
+    student, teacher = (
+        ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in some)
+        for some in (ids.student, ids.teacher)
+    )
+    rank_zero_info(
+        f"The student ends its answers with {student}, the teacher with {teacher}. model.terminal is "
+        f"{type(policy).__name__}: {summary(type(policy))}"
+    )
