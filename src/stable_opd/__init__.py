@@ -30,6 +30,7 @@ from stable_opd.samplers import Sampler, Temperature, TopP
 from stable_opd.schedules import Cosine, Linear, Schedule
 from stable_opd.tasks import ExactMatch, ModularChains, Task
 from stable_opd.teachers import LocalTeacher, Teacher
+from stable_opd.terminal import SemanticClass, TerminalPolicy
 from stable_opd.types import Author, Evidence, Finish, Plan, Prompts, Repetition, Rollout, Scores, TokenLoss
 from stable_opd.weightings import Weighting
 
@@ -73,11 +74,13 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Scores",
+    "SemanticClass",
     "StudentOnly",
     "Task",
     "Teacher",
     "TeacherTopK",
     "Temperature",
+    "TerminalPolicy",
     "TokenLoss",
     "TopP",
     "TransformersEngine",

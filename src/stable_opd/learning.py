@@ -104,7 +104,8 @@ class Learner:
         learnt = len(rows) > 0
         if not learnt:  # one row, though it has no share: processes wait for each other in the backward pass
             rows = rollout.lengths.argmax()[None]
-        cutting = Cutting(self.options.micro_batch_tokens, not packs(self.model), moment.progress, self.stop)
+        padded, event = not packs(self.model), self.rule.student
+        cutting = Cutting(self.options.micro_batch_tokens, padded, moment.progress, self.stop, event)
         pieces = list(cut(rollout, repetition, self.objective, cutting, rows))
         readings: Iterable[list[Reading]] = self.readers.read(pieces, self.vocabulary, self.rule)
         looking = any(each.needs_scores for each in self.weightings)
@@ -112,10 +113,8 @@ class Learner:
             readings = list(readings)
         weights = self.policies.weights(rollout, repetition)
         if self.weightings:
-            seen = None
-            if looking:
-                count = len(rollout.row)
-                seen = glance(pieces, readings, self.model, self.vocabulary, count, self.rule.student)
+            count = len(rollout.row)
+            seen = glance(pieces, readings, self.model, self.vocabulary, count, event) if looking else None
             own = (rollout.token_author == Author.STUDENT) & kept[rollout.row]
             look = Look(rollout, repetition, moment.progress, own, processes.gather, seen)
             for weighting in self.weightings:

@@ -124,12 +124,14 @@ class Cutting:
         padded: Whether rows will be padded; then padding counts as tokens.
         progress: Share of the training that is over.
         stop: Token ids that end an answer.
+        event: The terminal ids that the student's log-probs have as one.
     """
 
     max_tokens: int
     padded: bool = False
     progress: float = 0.0
     stop: tuple[int, ...] = ()
+    event: StopEvent | None = None
 
 
 def pieces(
@@ -160,7 +162,7 @@ def pieces(
             some = batch if len(mine) == len(numbers) else torch.tensor(mine, device=batch.device)
             part, places = rollout.select(some), rollout.places(some)
             evidence = Evidence(
-                tokens=part.completion,
+                tokens=part.completion if cutting.event is None else cutting.event.renamed(part.completion),
                 row=part.row,
                 position=part.position,
                 in_loop=repetition.in_loop[places],

@@ -187,7 +187,7 @@ class _InLogits:
     def add_in_logprobs(self, gradient: Tensor) -> None:
         """Add a gradient with respect to all log-probs, (n, V)."""
         if self.event is not None:
-            self.event.fill_(gradient, 0)  # these log-probs are constants
+            gradient = self.event.fill_(gradient.clone(), 0)  # the log-probs of the others are constants
         expected = gradient.sum(-1, keepdim=True)
         self.add(torch.addcmul(gradient, self.student.probs, expected, value=-1, out=self.room()))
 

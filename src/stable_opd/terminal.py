@@ -46,8 +46,11 @@ class TerminalIds:
         cls, student: Sequence[int], teacher: Sequence[int] | None, tokenizer: PreTrainedTokenizerBase
     ) -> "TerminalIds":
         """Return the ids of the shared vocabulary; a teacher that does not say ends its answers as the student does."""
-        theirs = tuple(token for token in (student if teacher is None else teacher) if token < len(tokenizer))
-        return cls(tuple(student), theirs, student[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
+        ours, theirs = (
+            tuple(token for token in some if token < len(tokenizer))
+            for some in (student, student if teacher is None else teacher)
+        )
+        return cls(ours, theirs, ours[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
 
     @property
     def foreign(self) -> tuple[int, ...]:
@@ -91,6 +94,12 @@ class StopEvent:
         else:
             logprobs.sub_(self.fill_(logprobs, -torch.inf).logsumexp(-1, keepdim=True))
         return self.fill_(logprobs, self.rest)
+
+    def renamed(self, tokens: Tensor) -> Tensor:
+        """Return tokens, (n,), in which `token` stands in the place of the others."""
+        for other in self.others:
+            tokens = tokens.masked_fill(tokens == other, self.token)
+        return tokens
 
     def within(self, logits: Tensor) -> Tensor:
         """Return the probability of each id, `token` first, given that it is one of them: (n, V) -> (n, ids).
@@ -149,7 +158,7 @@ class TerminalPolicy(Component):
         """Return what ends a row, and how log-probs are read, for a student and a teacher."""
 
 
-def event(token: int, others: tuple[int, ...], adds: bool = True, rest: float = NEVER) -> StopEvent | None:
+def _event(token: int, others: tuple[int, ...], adds: bool = True, rest: float = NEVER) -> StopEvent | None:
     """Return the event of several ids; None if there is but one, so that nothing has to be done."""
     others = tuple(each for each in others if each != token)
     return StopEvent(token, others, adds, rest) if others else None
@@ -160,17 +169,16 @@ class SemanticClass(TerminalPolicy):
 
         log p(stop) = logsumexp over v in E of log p(v),    E = the terminal ids of student and teacher
 
-    Every divergence sees one token in the place of E, on both sides. How the student shares p(stop) among E is left
-    where it is, so it goes on ending answers with its own token. It does nothing where E is a single id, and it is
-    right, too, where both models know the same ids and prefer different ones. The other policies are there to be
-    compared with it.
+    Every component sees one token in the place of E. The teacher has no say in how the student shares p(stop) among E,
+    so a student goes on to end its answers with its own token. It does nothing where E is a single id, and acts, too,
+    where both models know the same ids, because they may prefer different ones.
 
     Source: the semantic class of arXiv 2609.20511.
     """
 
     def rule(self, ids: TerminalIds) -> StopRule:
         """Return one event for both models."""
-        both = event(ids.own, ids.union)
+        both = _event(ids.own, ids.union)
         return StopRule(ids.union, both, both)
 
 
@@ -212,7 +220,7 @@ class TeacherMap(TerminalPolicy):
 
     def rule(self, ids: TerminalIds) -> StopRule:
         """Return an event for the teacher."""
-        return StopRule(ids.student, teacher=event(ids.own, ids.foreign, rest=NEGLIGIBLE))
+        return StopRule(ids.student, teacher=_event(ids.own, ids.foreign, rest=NEGLIGIBLE))
 
 
 class Canonical(TerminalPolicy):
@@ -227,4 +235,4 @@ class Canonical(TerminalPolicy):
 
     def rule(self, ids: TerminalIds) -> StopRule:
         """Return an event for each model."""
-        return StopRule(ids.student, event(ids.own, ids.foreign, adds=False), event(ids.own, ids.foreign))
+        return StopRule(ids.student, _event(ids.own, ids.foreign, adds=False), _event(ids.own, ids.foreign))
