@@ -27,8 +27,6 @@ PROMPTS = Prompts(
 )
 OTHERS = (4, 9)
 PAIR = TerminalIds((EOS,), OTHERS, EOS)
-
-
 BOTH = (SemanticClass(), Canonical())
 NAMES = [type(policy).__name__ for policy in BOTH]
 
