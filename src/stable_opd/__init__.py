@@ -33,6 +33,7 @@ from stable_opd.sources import Columns, EvaluationSet, Source
 from stable_opd.students import LoRA
 from stable_opd.tasks import ExactMatch, MathVerify, ModularChains, Task
 from stable_opd.teachers import LocalTeacher, Teacher
+from stable_opd.terminal import SemanticClass, TerminalPolicy
 from stable_opd.types import Author, Evidence, Finish, Plan, Prompts, Repetition, Rollout, Scores, TokenLoss
 from stable_opd.weightings import Weighting
 
@@ -81,12 +82,14 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Scores",
+    "SemanticClass",
     "Source",
     "StudentOnly",
     "Task",
     "Teacher",
     "TeacherTopK",
     "Temperature",
+    "TerminalPolicy",
     "TokenLoss",
     "TopP",
     "TransformersEngine",

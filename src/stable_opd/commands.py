@@ -27,6 +27,7 @@ CHOICES = (
     "schedule",
     "controller",
     "reference",
+    "terminal",
 )
 
 #: What stands around the table in a file that has it.

@@ -25,6 +25,7 @@ from stable_opd.references import Reference
 from stable_opd.schedules import Schedule
 from stable_opd.stopwatch import Stopwatch
 from stable_opd.tally import Tally
+from stable_opd.terminal import StopRule
 from stable_opd.types import Author, Repetition, Rollout
 from stable_opd.weightings import Weighting
 
@@ -71,8 +72,9 @@ class Learner:
         weightings: How much each token counts.
         reference: What becomes of the reference after a step.
         options: How the student learns.
-        stop: Token ids that end an answer.
+        stop: Token ids that end an answer, of the student or of the teacher.
         vocabulary: Size of the shared vocabulary.
+        rule: Which of them the models' log-probs have as one.
     """
 
     def __init__(
@@ -86,10 +88,11 @@ class Learner:
         options: UpdateOptions,
         stop: Sequence[int],
         vocabulary: int,
+        rule: StopRule,
     ) -> None:
         self.model, self.objective, self.readers, self.policies = model, objective, readers, policies
         self.weightings, self.reference, self.options = list(weightings), reference, options
-        self.stop, self.vocabulary = tuple(stop), vocabulary
+        self.stop, self.vocabulary, self.rule = tuple(stop), vocabulary, rule
         terms = nn.ModuleList(objective.terms.values())
         #: Whether student and teacher are compared on the student's rows.
         self.compares_models = any(term.needs_teacher for term in objective.own.values())
@@ -102,16 +105,17 @@ class Learner:
         learnt = len(rows) > 0
         if not learnt:  # one row, though it has no share: processes wait for each other in the backward pass
             rows = rollout.lengths.argmax()[None]
-        objective = self.objective.awake()
-        cutting = Cutting(self.options.micro_batch_tokens, not packs(self.model), moment.progress, self.stop)
+        objective, padded, event = self.objective.awake(), not packs(self.model), self.rule.student
+        cutting = Cutting(self.options.micro_batch_tokens, padded, moment.progress, self.stop, event)
         pieces = list(cut(rollout, repetition, objective, cutting, rows))
-        readings: Iterable[list[Reading]] = self.readers.read(pieces, self.vocabulary)
+        readings: Iterable[list[Reading]] = self.readers.read(pieces, self.vocabulary, self.rule)
         looking = any(each.needs_scores for each in self.weightings)
         if looking or self._compares(moment):  # they are read more than once
             readings = list(readings)
         weights = self.policies.weights(rollout, repetition)
         if self.weightings:
-            seen = glance(pieces, readings, self.model, self.vocabulary, len(rollout.row)) if looking else None
+            count = len(rollout.row)
+            seen = glance(pieces, readings, self.model, self.vocabulary, count, event) if looking else None
             own = (rollout.token_author == Author.STUDENT) & kept[rollout.row]
             look = Look(rollout, repetition, moment.progress, own, processes.gather, seen)
             for weighting in self.weightings:
@@ -134,7 +138,9 @@ class Learner:
             with processes.together(last=number + 1 == len(work.pieces)):
                 with watch("score"):
                     diagnose = work.diagnose and only is None
-                    result = evaluate(piece, next(readings), shares, self.model, self.vocabulary, diagnose)
+                    result = evaluate(
+                        piece, next(readings), shares, self.model, self.vocabulary, diagnose, self.rule.student
+                    )
                     tally.add(result)
                 with watch("update"):
                     # Strategies average gradients over processes; the shares already sum to one over all of them.

@@ -13,6 +13,7 @@ from stable_opd.models import Head, output_head
 from stable_opd.objective import Group, Piece, Reading
 from stable_opd.scoring import HiddenStates, body
 from stable_opd.streaming import scores, tiles
+from stable_opd.terminal import StopEvent
 from stable_opd.types import Author, Repetition, Rollout
 
 
@@ -73,6 +74,7 @@ def glance(
     student: PreTrainedModel,
     vocabulary: int,
     count: int,
+    event: StopEvent | None = None,
 ) -> Glance:
     """Let the student read all micro-batches without a gradient, and compare it with the teacher.
 
@@ -84,6 +86,7 @@ def glance(
         student: The model that learns.
         vocabulary: Size of the shared vocabulary.
         count: Completion tokens N of the rollout.
+        event: The terminal ids that the student's log-probs have as one.
 
     Raises:
         ValueError: If the teacher did not read what the student wrote.
@@ -97,7 +100,7 @@ def glance(
             ours = states[start : start + len(group.places)]
             start += len(group.places)
             if group.on_policy:
-                found[:, group.places] = _seen(group, reading, HiddenStates(ours, head))
+                found[:, group.places] = _seen(group, reading, HiddenStates(ours, head, event))
     student.train(learning)
     return Glance(*found)
 

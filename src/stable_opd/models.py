@@ -117,7 +117,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     found = sorted({int(token) for token in [*several, tokenizer.eos_token_id] if token is not None})
     if not found:
         raise ValueError(
-            f"The student {model.config.name_or_path!r} has no stop token: neither its generation config nor its "
+            f"The model {model.config.name_or_path!r} has no stop token: neither its generation config nor its "
             "tokenizer names one, so every answer would run into the token budget. Set eos_token in its tokenizer."
         )
     return found

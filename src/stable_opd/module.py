@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from transformers import PreTrainedModel
@@ -41,6 +42,7 @@ from stable_opd.stopwatch import Stopwatch
 from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
+from stable_opd.terminal import SEPARATE, SemanticClass, StopRule, TerminalIds, TerminalPolicy, announce
 from stable_opd.terms import LossTerm, check_term_names
 from stable_opd.types import Author, Plan, Prompts, Rollout
 from stable_opd.weightings import Weighting
@@ -63,6 +65,7 @@ class OPDModule(LightningModule):
         lr_scheduler: Makes the learning-rate schedule, which advances with every optimizer step.
         weighting: How much each token counts in the divergence; several are multiplied, null switches one off.
         reference: Who the constraints hold the student against; none takes the initial student.
+        terminal: What is done where student and teacher end their answers with different tokens; none makes them one.
         rollout: How answers are written.
         policies: What is done with rows that repeat themselves or were cut.
         update: How the student learns from them.
@@ -83,6 +86,7 @@ class OPDModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         weighting: dict[str, Weighting | None] | None = None,
         reference: Reference | None = None,
+        terminal: TerminalPolicy | None = None,
         rollout: RolloutOptions = RolloutOptions(),
         policies: Policies = Policies(),
         update: UpdateOptions = UpdateOptions(),
@@ -102,7 +106,7 @@ class OPDModule(LightningModule):
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.rollout_options, self.policies, self.update_options = rollout, policies, update
         self.weighting = nn.ModuleDict({name: each for name, each in (weighting or {}).items() if each is not None})
-        self.reference = reference or InitialStudent()
+        self.reference, self.terminal = reference or InitialStudent(), terminal or SemanticClass()
         # What serves and does not learn stays out of the module's parameters and checkpoints.
         self.readers = Readers(teacher, "reference" in update.offload)
         self.engine = engine or InProcessEngine()
@@ -144,6 +148,7 @@ class OPDModule(LightningModule):
             self.student = load_student(self.student_path, self.adapter, self.update_options.gradient_checkpointing)
             self.adapter_of = None if self.adapter is None else describe_adapter(self.student, self.adapter)
             self.stop = stop_ids(self.student, self.tokenizer)
+            self.stop_rule = StopRule(tuple(self.stop))
         if stage != "fit":
             return
         if any(term.needs_reference or term.keeps_reference for term in self.objective.terms.values()):
@@ -152,6 +157,9 @@ class OPDModule(LightningModule):
         self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
         if self.mixture.needs_writing_teacher or self.mixture.blends:
             _ = self.readers.teacher.language_model  # refuses if it cannot write
+        ids = TerminalIds.of(self.stop, self.readers.teacher.stop_ids, self.tokenizer)
+        self.stop_rule = self.terminal.rule(ids)
+        announce(self.terminal, ids, self.tokenizer)
         self.learner = Learner(
             self.student,
             self.objective,
@@ -160,8 +168,9 @@ class OPDModule(LightningModule):
             cast(list[Weighting], list(self.weighting.values())),
             self.reference,
             self.update_options,
-            self.stop,
+            ids.union,
             len(self.tokenizer),
+            self.stop_rule,
         )
 
     def place(self) -> None:
@@ -211,12 +220,13 @@ class OPDModule(LightningModule):
         self.model.eval()
         teacher = self.readers.teacher if learning else None
         budget = self.rollout_options.max_new_tokens
-        writers = Writers(self.model, self.tokenizer, self.engine, budget, self.stop, teacher)
+        rule = self.stop_rule if learning else SEPARATE
+        writers = Writers(self.model, self.tokenizer, self.engine, budget, self.stop_rule.stop, teacher, rule)
         mixture = self.present_mixture
         with teacher.present() if teacher and mixture.blends else nullcontext():
             blend = None
             if teacher and mixture.blends:
-                blend = Blend(teacher.language_model, partial(mixture.blend, progress=self.progress))
+                blend = Blend(teacher.language_model, partial(mixture.blend, progress=self.progress), rule.teacher)
             return writers.carry_out(plan, prompts, sampler, (global_seed(), *key_parts), blend)
 
     def training_step(self, batch: Prompts, batch_idx: int) -> None:
@@ -230,7 +240,7 @@ class OPDModule(LightningModule):
             written = self.write(batch, plan, self.sampler, self.global_step, learning=True)
             written = mixture.revise(written, self.global_step)
             found = self.repetition(written)
-            rollout, repetition = self.policies.replace(written, found, batch, self.stop)
+            rollout, repetition = self.policies.replace(written, found, batch, self.stop_rule.stop)
         self.model.train()
         moment, processes = Moment(self.progress, self.global_step), Processes(self.trainer)
         with watch("score"):
@@ -254,7 +264,8 @@ class OPDModule(LightningModule):
                 logger.log_metrics(scalars, step=self.global_step - 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save a moving reference, what the processes do not share, and of a student with adapters the adapters only."""
+        """Save what ends an answer, a moving reference, and what processes do not share; of adapters nothing else."""
+        checkpoint["stop_ids"] = list(self.stop_rule.stop)
         if self.adapter_of is not None:
             checkpoint |= {"adapter": self.adapter_of, "state_dict": without_base(checkpoint["state_dict"])}
         if self.reference.moves and self.readers.reference is not None:
@@ -265,12 +276,14 @@ class OPDModule(LightningModule):
             checkpoint["processes"] = Processes(self.trainer).states(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with what this process had, and with the reference of a checkpoint, if it is one that moves.
+        """Go on with what this process had and with a moving reference, and end answers as it was trained to.
 
         Raises:
-            ValueError: If the checkpoint has none, or if its adapters are not of this student.
+            ValueError: If a reference moves and the checkpoint has none, or if its adapters are not of this student.
         """
         check_adapter(checkpoint.get("adapter"), self.adapter_of)
+        if self.trainer.state.fn != TrainerFn.FITTING:  # which asks the teacher
+            self.stop_rule = StopRule(tuple(checkpoint.get("stop_ids", self.stop_rule.stop)))
         states = checkpoint.get("processes")
         if states:  # of another number of processes, some are taken twice or not at all
             checkpoint["state_dict"].update(states[self.global_rank % len(states)])

@@ -11,6 +11,7 @@ from stable_opd.models import output_head
 from stable_opd.reduce import Aggregation, numerators
 from stable_opd.scoring import HiddenStates, body, micro_batches
 from stable_opd.streaming import Part, StreamedLoss, streamed_loss
+from stable_opd.terminal import StopEvent
 from stable_opd.terms import LossTerm
 from stable_opd.types import Author, Evidence, Repetition, Rollout
 
@@ -131,12 +132,14 @@ class Cutting:
         padded: Whether rows will be padded; then padding counts as tokens.
         progress: Share of the training that is over.
         stop: Token ids that end an answer.
+        event: The terminal ids that the student's log-probs have as one.
     """
 
     max_tokens: int
     padded: bool = False
     progress: float = 0.0
     stop: tuple[int, ...] = ()
+    event: StopEvent | None = None
 
 
 def pieces(
@@ -167,7 +170,7 @@ def pieces(
             some = batch if len(mine) == len(numbers) else torch.tensor(mine, device=batch.device)
             part, places = rollout.select(some), rollout.places(some)
             evidence = Evidence(
-                tokens=part.completion,
+                tokens=part.completion if cutting.event is None else cutting.event.renamed(part.completion),
                 row=part.row,
                 position=part.position,
                 in_loop=repetition.in_loop[places],
@@ -208,6 +211,7 @@ def evaluate(
     student: PreTrainedModel,
     vocabulary: int,
     diagnose: bool = True,
+    event: StopEvent | None = None,
 ) -> StreamedLoss:
     """Let the student read a micro-batch and evaluate the terms.
 
@@ -218,6 +222,8 @@ def evaluate(
         student: The model that learns.
         vocabulary: Size of the shared vocabulary.
         diagnose: As for `part_of`.
+        event: The terminal ids that the student's log-probs have as one.
     """
     parts = [part_of(group, reading, shares, diagnose) for group, reading in zip(piece.groups, readings, strict=True)]
-    return streamed_loss(HiddenStates(body(student, piece.rollout), output_head(student, vocabulary)), parts)
+    states = HiddenStates(body(student, piece.rollout), output_head(student, vocabulary), event)
+    return streamed_loss(states, parts)

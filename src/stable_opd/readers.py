@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from stable_opd.offload import visiting
 from stable_opd.scoring import HiddenStates, body
 from stable_opd.students import adapters_off
 from stable_opd.teachers.base import Teacher
+from stable_opd.terminal import SEPARATE, StopRule
 
 
 class Readers:
@@ -52,32 +54,34 @@ class Readers:
         if self.reference is not None:
             nn.Module.to(self.reference, "cpu" if self.offload_reference else device, dtype)
 
-    def read(self, work: Sequence[Piece], vocabulary: int) -> Iterator[list[Reading]]:
+    def read(self, work: Sequence[Piece], vocabulary: int, rule: StopRule = SEPARATE) -> Iterator[list[Reading]]:
         """Read micro-batches.
 
         Args:
             work: The micro-batches.
             vocabulary: Size of the shared vocabulary.
+            rule: Which terminal ids their log-probs have as one.
 
         Yields:
             For each micro-batch, what they think of its groups.
         """
         if not (self.teacher.offload or self.offload_reference):
             for piece in work:
-                yield [self._read(group, vocabulary) for group in piece.groups]
+                yield [self._read(group, vocabulary, rule) for group in piece.groups]
             return
         initial = self.reference if self.offload_reference else None
         with self.teacher.present(), nullcontext() if initial is None else visiting(initial, self._device):
-            everything = [[self._read(group, vocabulary) for group in piece.groups] for piece in work]
+            everything = [[self._read(group, vocabulary, rule) for group in piece.groups] for piece in work]
         yield from everything
 
-    def _read(self, group: Group, vocabulary: int) -> Reading:
+    def _read(self, group: Group, vocabulary: int, rule: StopRule) -> Reading:
         """Let those models read some rows that a term needs."""
         needs_teacher = any(term.needs_teacher for term in group.terms.values())
-        theirs = self.teacher.score(group.rollout) if needs_teacher else None
+        theirs = replace(self.teacher.score(group.rollout), event=rule.teacher) if needs_teacher else None
         reference = self.adapted if self.reference is None else self.reference
         if reference is None or not any(term.needs_reference for term in group.terms.values()):
             return Reading(theirs)
         with torch.no_grad(), nullcontext() if self.adapted is None else adapters_off(self.adapted):
-            initial = HiddenStates(body(reference, group.rollout), output_head(reference, vocabulary).detached())
+            head = output_head(reference, vocabulary).detached()
+            initial = HiddenStates(body(reference, group.rollout), head, rule.student)
         return Reading(theirs, initial)

@@ -15,6 +15,7 @@ from stable_opd.models import context_length
 from stable_opd.randomness import key
 from stable_opd.samplers import Sampler, Temperature
 from stable_opd.teachers.base import Teacher
+from stable_opd.terminal import SEPARATE, StopEvent, StopRule
 from stable_opd.types import Author, Finish, Plan, Prompts, Rollout
 
 #: Runs the teacher's generation; one for all steps, so that what it has to say is said once.
@@ -43,6 +44,7 @@ class Writers:
         max_new_tokens: Token budget of a row.
         stop: Token ids that end a row.
         teacher: Writes the rows that are planned for it, at temperature 1, in this process.
+        rule: Which of the stop tokens are drawn as one.
     """
 
     student: PreTrainedModel
@@ -51,6 +53,7 @@ class Writers:
     max_new_tokens: int
     stop: Sequence[int]
     teacher: Teacher | None = None
+    rule: StopRule = SEPARATE
 
     def carry_out(
         self,
@@ -100,7 +103,7 @@ class Writers:
         if not rows or self.teacher is None:
             return []
         keys = row_keys(plan, prompts, rows, *key_parts)
-        request = self._request(prompts.ids, [plan.prompt[row] for row in rows], keys, budget)
+        request = self._request(prompts.ids, [plan.prompt[row] for row in rows], keys, budget, self.rule.teacher)
         written = _TEACHERS_ENGINE.generate(self.teacher.language_model, request, Temperature(1.0))
         return _Row.split(written, Author.TEACHER)
 
@@ -131,7 +134,8 @@ class Writers:
         keys, whole = row_keys(plan, prompts, rows, *key_parts), list(prefixes)
         extra = {} if blend is None else {"blend": blend}  # an engine that runs one model need not know of it
         if rows and not prefixes:
-            request = self._request(prompts.ids, [plan.prompt[row] for row in rows], keys, self.max_new_tokens)
+            asked = [plan.prompt[row] for row in rows]
+            request = self._request(prompts.ids, asked, keys, self.max_new_tokens, self.rule.student)
             return _Row.split(self.engine.generate(self.student, request, sampler, **extra), Author.STUDENT)
         going = [place for place, prefix in enumerate(prefixes) if prefix.finish != Finish.STOP]
         heads = {place: (*prompts.ids[plan.prompt[rows[place]]], *prefixes[place].tokens.tolist()) for place in going}
@@ -144,6 +148,7 @@ class Writers:
                 [numbers[heads[place]] for place in places],
                 [keys[place] for place in places],
                 max(budgets[place] for place in places),
+                self.rule.student,
             )
             written = _Row.split(self.engine.generate(self.student, request, sampler, **extra), Author.STUDENT)
             for place, text in zip(places, written, strict=True):
@@ -171,8 +176,15 @@ class Writers:
         # With a blend it is there already, and one that comes twice would leave too early.
         return self.teacher.present() if self.teacher and writes and blend is None else nullcontext()
 
-    def _request(self, prompts: Sequence[Sequence[int]], rows: list[int], keys: list[int], budget: int) -> Request:
-        return Request(prompts, rows, keys, budget, self.stop, len(self.tokenizer))
+    def _request(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: list[int],
+        keys: list[int],
+        budget: int,
+        event: StopEvent | None,
+    ) -> Request:
+        return Request(prompts, rows, keys, budget, self.stop, len(self.tokenizer), event)
 
     def _pack(self, plan: Plan, prompts: Prompts, rows: list["_Row"]) -> Rollout:
         device = self.student.device

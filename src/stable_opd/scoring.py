@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from stable_opd.models import Head, output_head
 from stable_opd.packing import packs
+from stable_opd.terminal import StopEvent
 from stable_opd.types import Rollout
 
 
@@ -19,10 +20,12 @@ class HiddenStates:
     Attributes:
         states: (N, H).
         head: Turns them into logits.
+        event: The terminal ids that its log-probs have as one; None for none.
     """
 
     states: Tensor
     head: Head
+    event: StopEvent | None = None
 
 
 def micro_batches(rollout: Rollout, rows: Tensor, max_tokens: int, padded: bool = False) -> list[Tensor]:

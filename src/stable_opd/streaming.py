@@ -85,7 +85,7 @@ def streamed_loss(student: HiddenStates, parts: Sequence[Part]) -> StreamedLoss:
     count = sum(map(len, parts))
     if count != len(student.states):
         raise ValueError(f"Expected the parts to cover {len(student.states)} positions, but they cover {count}.")
-    job = _Job(parts, student.head.softcap, student.states.device)
+    job = _Job(parts, student)
     loss = _Streamed.apply(  # type: ignore[no-untyped-call]
         job, student.states, student.head.weight, student.head.bias
     )
@@ -165,8 +165,12 @@ def _room(name: str, rows: int, columns: int, device: torch.device) -> Tensor:
 class _InLogits:
     """The gradient in the logits of a tile, to which its terms add."""
 
-    def __init__(self, student: Scores, tokens: Tensor) -> None:
+    def __init__(self, model: HiddenStates, student: Scores, tokens: Tensor, logits: Tensor) -> None:
         self.student, self.tokens = student, tokens
+        # What is needed of the logits is kept, because their memory is that of the next model.
+        self.softcap, self.event = model.head.softcap, model.event
+        self.capped = logits.clone() if self.softcap else None
+        self.within = None if self.event is None else self.event.within(logits)
         self.total: Tensor | None = None
         self.slope: Tensor | None = None
 
@@ -182,6 +186,8 @@ class _InLogits:
 
     def add_in_logprobs(self, gradient: Tensor) -> None:
         """Add a gradient with respect to all log-probs, (n, V)."""
+        if self.event is not None:
+            gradient = self.event.fill_(gradient.clone(), 0)  # the log-probs of the others are constants
         expected = gradient.sum(-1, keepdim=True)
         self.add(torch.addcmul(gradient, self.student.probs, expected, value=-1, out=self.room()))
 
@@ -189,22 +195,27 @@ class _InLogits:
         """Add a gradient with respect to the log-probs of the written tokens, (n,)."""
         self.slope = slope if self.slope is None or slope is None else self.slope + slope
 
-    def result(self, capped: Tensor | None, softcap: float | None) -> Tensor:
+    def result(self) -> Tensor:
         """Return the sum, (n, V), as a gradient with respect to what the head's product gave before it was capped."""
         if self.slope is not None:
             slope = self.slope[:, None]
             self.add(torch.mul(self.student.probs, -slope, out=self.room()))
             self.total = self.total.scatter_add_(1, self.tokens[:, None], slope)  # type: ignore[union-attr]
         total = torch.zeros_like(self.student.logprobs) if self.total is None else self.total
-        return total if capped is None or softcap is None else total.mul_(1 - (capped / softcap).square_())
+        if self.event is not None and self.within is not None:
+            total = self.event.spread_(total, self.within)
+        if self.capped is None or self.softcap is None:
+            return total
+        return total.mul_(1 - (self.capped / self.softcap).square_())
 
 
 class _Job:
     """One micro-batch's way through the tiles; it collects what is reported."""
 
-    def __init__(self, parts: Sequence[Part], softcap: float | None, device: torch.device) -> None:
+    def __init__(self, parts: Sequence[Part], student: HiddenStates) -> None:
         names = [name for part in parts for name in part.terms]
-        self.parts, self.softcap = parts, softcap
+        self.parts, self.softcap, self.event = parts, student.head.softcap, student.event
+        device = student.states.device
         # The products are those of the mixed precision that is asked for; on a CPU float32 is as fast and more exact.
         mixed = device.type == "cuda" and torch.is_autocast_enabled("cuda")
         self.mixed = torch.get_autocast_dtype("cuda") if mixed else None
@@ -220,7 +231,7 @@ class _Job:
         backward = _Backward(states, head, train_head)
         start = 0
         for part in self.parts:
-            student = HiddenStates(states[start : start + len(part)], head)
+            student = HiddenStates(states[start : start + len(part)], head, self.event)
             slope = self._whole_rows(part, student)
             for tile in tiles(len(part), student):
                 in_logits = self._tile(part, tile, student, None if slope is None else slope[tile])
@@ -250,14 +261,13 @@ class _Job:
         terms = {name: term for name, term in part.terms.items() if not _follows_rows(term)}
         tokens, shares = part.evidence.tokens[tile], part.shares
         ours, logits = scores("student", student, tile, tokens)
-        capped = logits.clone() if student.head.softcap else None
-        del logits  # as large as the tile, and not needed any more unless it was capped
+        gradient = _InLogits(student, ours, tokens, logits)
+        del logits  # as large as the tile
         needs_teacher = part.diagnose or any(term.needs_teacher for term in terms.values())
         needs_reference = any(term.needs_reference for term in terms.values())
         teacher = scores("teacher", part.teacher, tile, tokens)[0] if part.teacher and needs_teacher else NOT_SCORED
         initial = part.reference if needs_reference else None
         reference = NOT_SCORED if initial is None else scores("reference", initial, tile, tokens)[0]
-        gradient = _InLogits(ours, tokens)
         gradient.add_slope(slope)
         evidence = part.evidence.seen(tile, ours, teacher, reference)
         if part.diagnose:
@@ -281,7 +291,7 @@ class _Job:
             with torch.enable_grad():  # a term may look at the written tokens alone
                 evidence = part.evidence.seen(tile, Scores(gather(leaf, tokens), leaf), teacher, reference)
             gradient.add_in_logprobs(self._differentiate(full, evidence, shares, tile, leaf))
-        return gradient.result(capped, student.head.softcap)
+        return gradient.result()
 
     def _differentiate(
         self,
@@ -329,6 +339,8 @@ def scores(name: str, model: HiddenStates, tile: slice, tokens: Tensor) -> tuple
     shape = len(states), len(model.head.weight), states.device
     logits = model.head.logits(states, _room("logits", *shape))
     logprobs = torch.log_softmax(logits, -1, out=_room(name, *shape))
+    if model.event is not None:
+        model.event.read_(logprobs)
     return Scores(gather(logprobs, tokens), logprobs, _room(f"{name}'s probabilities", *shape)), logits
 
 

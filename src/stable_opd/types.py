@@ -261,7 +261,7 @@ class Evidence:
         author: `Author` of the token, (n,).
         behaviour_logprobs: Its log-prob under whoever drew it, (n,).
         progress: Share of the training that is over, from 0 to 1.
-        stop: Token ids that end an answer.
+        stop: Token ids that end an answer, of the student or of the teacher.
         student: Scores of the student; the only ones through which a gradient flows.
         teacher: Scores of the teacher, for components that declare ``needs_teacher``.
         reference: Scores of the initial student, for components that declare ``needs_reference``.

@@ -22,6 +22,7 @@ from stable_opd.repetition import PeriodicSuffix
 from stable_opd.samplers import MinP, Temperature, TopK, TopP
 from stable_opd.sources import Columns, Source
 from stable_opd.teachers import LocalTeacher
+from stable_opd.terminal import StopRule
 from stable_opd.weightings import TokenSelection
 
 MODEL = tiny_model(0)
@@ -51,7 +52,16 @@ def learner(mixture=None, policies=None, divergence=None, weightings=(), referen
     )
     readers, policies = Readers(LocalTeacher("unused")), policies or Policies()
     return Learner(
-        MODEL, objective, readers, policies, weightings, reference or InitialStudent(), UpdateOptions(), [EOS], 20
+        MODEL,
+        objective,
+        readers,
+        policies,
+        weightings,
+        reference or InitialStudent(),
+        UpdateOptions(),
+        [EOS],
+        20,
+        StopRule((EOS,)),
     )
 
 
@@ -60,6 +70,7 @@ def patient(**parts) -> Patient:
         "student": speaker(),
         "teacher": speaker("teacher"),
         "contexts": {"student": 100, "teacher": 100},
+        "stop_rule": StopRule((EOS,)),
         "sampler": Temperature(),
         "budget": 10,
         "precision": "32-true",

@@ -99,7 +99,7 @@ PROMPT = (
 
 def other_stop_ids(pair):
     edit(pair.teacher, "generation_config.json", eos_token_id=[EOS, 3])
-    return []
+    return ["--model.terminal", "Baseline"]
 
 
 def tokenizer_ends_otherwise(pair):
@@ -220,7 +220,7 @@ def teacher_ends_otherwise(pair):
     change_model(pair.teacher, swap)
     edit(pair.teacher, "generation_config.json", eos_token_id=19, pad_token_id=18)
     edit(pair.teacher, "tokenizer_config.json", eos_token="<pad>", pad_token="<eos>")
-    return []
+    return ["--model.terminal", "Baseline"]
 
 
 def student_never_stops(pair):
@@ -331,6 +331,14 @@ def test_planted_fault_is_found_with_its_fix(pair, capsys, plant, check, severit
     assert status == (1 if errors else 0)
     assert errors == (severity == "error")
     assert not facts["healthy"]
+
+
+@pytest.mark.parametrize("plant", [other_stop_ids, teacher_ends_otherwise])
+def test_the_fix_for_other_stop_tokens_is_the_default(pair, capsys, plant):
+    plant(pair)
+    status, facts = doctor(capsys, "-c", pair.write())
+    assert status == 0
+    assert not {"stop-sets", "teacher-stop"} & {each["check"] for each in facts["findings"]}
 
 
 HOT_ENGINE = """

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stable_opd.cli import main
@@ -52,6 +53,22 @@ def test_student_has_room_above_it_and_stops_by_itself():
     assert truncation < 0.02
 
 
+def test_other_student_differs_in_its_stop_token_alone():
+    student, other = load_model("testbed:student").eval(), load_model("testbed:student-other-stop").eval()
+    ids = torch.arange(18)[None]  # all words of the task
+    swapped = [*range(18), 19, 18]
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits[..., swapped], student(ids).logits)
+    assert [
+        stop_ids(each, load_tokenizer(f"testbed:{name}"))
+        for each, name in (
+            (student, "student"),
+            (other, "student-other-stop"),
+            (load_model("testbed:control"), "control"),
+        )
+    ] == [[18], [19], [18]]
+
+
 def test_only_the_teacher_has_read_runaway_documents():
     """At temperature 1 its own mistakes lead it into loops; the control's do not."""
     assert answers("teacher", 1.0)[1] > 0.05
@@ -92,7 +109,7 @@ def test_rebuild_writes_everything_that_is_named(tmp_path, monkeypatch, capsys):
     short = {name: replace(recipe, steps=2, first_steps=1) for name, recipe in build.RECIPES.items()}
     monkeypatch.setattr(build, "RECIPES", short)
     main(["testbed", "--out", str(tmp_path)])
-    for name in short:
+    for name in (*short, "student-other-stop"):
         assert AutoModelForCausalLM.from_pretrained(tmp_path / name).config.vocab_size == len(
             AutoTokenizer.from_pretrained(tmp_path / name)
         )

@@ -15,6 +15,7 @@ from stable_opd.mixtures import Mixture
 from stable_opd.models import context_length, load_tokenizer, stop_ids
 from stable_opd.samplers import Sampler
 from stable_opd.teachers import Teacher
+from stable_opd.terminal import StopRule
 
 if TYPE_CHECKING:
     from stable_opd.doctor.measure import Measured
@@ -65,6 +66,7 @@ class Patient:
         contexts: Tokens that each of both can read, by its name; None if it does not say.
         data: Prompts and golden solutions.
         learner: The terms, and what belongs to them; only for training.
+        stop_rule: What ends an answer, and how the models are read there.
         sampler: How the student draws.
         budget: Token budget of an answer.
         precision: Of the trainer.
@@ -76,6 +78,7 @@ class Patient:
 
     student: Speaker
     contexts: Mapping[str, int | None]
+    stop_rule: StopRule
     sampler: Sampler
     budget: int
     precision: str
@@ -114,6 +117,7 @@ class Patient:
         return cls(
             student=Speaker("student", module.student_path, module.model, module.tokenizer),
             contexts=contexts | ({"teacher": module.readers.teacher.context_length} if learner else {}),
+            stop_rule=module.stop_rule,
             sampler=module.sampler,
             budget=module.rollout_options.max_new_tokens,
             precision=str(module.trainer.precision),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from stable_opd.doctor.findings import Symptom, check, symptom
 from stable_opd.doctor.measure import Measured
 from stable_opd.doctor.patient import Speaker
+from stable_opd.terminal import StopRule
 
 #: KL(student || teacher) at a token, in nats, below which the teacher says nothing new, and above which it speaks of
 #: something else.
@@ -50,10 +51,10 @@ def extreme_signal(measured: Measured) -> Iterator[Symptom]:
     "2609.20511).",
     "Score the stop event over both sets ({stop}): model.terminal: SemanticClass.",
 )
-def teacher_stop(measured: Measured, student: Speaker, teacher: Speaker) -> Iterator[Symptom]:
+def teacher_stop(measured: Measured, student: Speaker, teacher: Speaker, stop_rule: StopRule) -> Iterator[Symptom]:
     """Probability of the student's stop tokens by the teacher where golden solutions end: below 0.1, its own above."""
     mass, own = measured.stop_teacher, measured.stop_teacher_own
-    if mass is not None and own is not None and mass < ENDS <= own:
+    if stop_rule.teacher is None and mass is not None and own is not None and mass < ENDS <= own:
         yield symptom(
             f"Where golden solutions end, the teacher gives the student's stop tokens a probability of {mass:.1e}, and "
             f"its own {own:.2f} (medians).",

@@ -6,6 +6,7 @@ from stable_opd.data import PromptDataModule
 from stable_opd.doctor.findings import Symptom, check, symptom
 from stable_opd.doctor.patient import Speaker
 from stable_opd.examples import Example
+from stable_opd.terminal import StopRule
 
 
 @check(
@@ -15,9 +16,9 @@ from stable_opd.examples import Example
     "unlearns to stop, and its answers grow to the token budget (arXiv 2609.20511).",
     "Score the stop event over both sets: model.terminal: SemanticClass.",
 )
-def stop_sets(student: Speaker, teacher: Speaker) -> Iterator[Symptom]:
-    """Token ids that end an answer of the student and of the teacher, by generation config and tokenizer."""
-    if student.stop != teacher.stop:
+def stop_sets(student: Speaker, teacher: Speaker, stop_rule: StopRule) -> Iterator[Symptom]:
+    """Token ids that end an answer of the student and of the teacher, where model.terminal scores each by itself."""
+    if student.stop != teacher.stop and stop_rule.teacher is None:
         yield symptom(
             f"The student ends an answer with {student.words(student.stop)}, but the teacher with "
             f"{teacher.words(teacher.stop)}."

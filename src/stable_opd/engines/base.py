@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from stable_opd.registry import Component
 from stable_opd.samplers.base import Sampler
+from stable_opd.terminal import StopEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Request:
         max_new_tokens: Token budget of each row.
         stop: Token ids that end a row; they belong to the completion.
         vocabulary: Size of the tokenizer; ids beyond it, with which models are padded, are never drawn.
+        event: Terminal ids that are drawn as one token, with the log-prob of the event; None draws each by itself.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -31,6 +33,11 @@ class Request:
     max_new_tokens: int
     stop: Sequence[int]
     vocabulary: int | None = None
+    event: StopEvent | None = None
+
+    def seen(self, logits: Tensor) -> Tensor:
+        """Return the logits that the sampler sees, (B, V) -> (B, V)."""
+        return logits if self.event is None else self.event.merged(logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +47,16 @@ class Blend:
     Attributes:
         model: It reads what the first writes.
         mix: Turns the logits of both, after the sampler, (B, V) each, into those of the distribution to draw from.
+        event: Terminal ids that its logits have as one.
     """
 
     model: PreTrainedModel
     mix: Callable[[Tensor, Tensor], Tensor]
+    event: StopEvent | None = None
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the logits to draw from, of those of the first model after the sampler and of this one's."""
+        return self.mix(first, second if self.event is None else self.event.merged(second))
 
 
 @dataclass(frozen=True, slots=True)

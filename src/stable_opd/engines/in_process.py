@@ -1,8 +1,8 @@
 """Generation in this process, as fast as it goes."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -74,7 +74,7 @@ class InProcessEngine(RolloutEngine):
         reason = next(filter(None, map(obstacle, models)), None)
         if reason is not None:
             self._say(f"Rollouts go through the model's own forward, which is slower, because {reason}.")
-            second = None if blend is None else Blend(models[1], blend.mix)
+            second = None if blend is None else replace(blend, model=models[1])
             return TransformersEngine().generate(models[0], request, sampler, second)
         device = model.device
         automatic = torch.is_autocast_enabled(device.type)
@@ -90,7 +90,7 @@ class InProcessEngine(RolloutEngine):
                 for each in models
             ]
             batch = _Batch(decoders, request, self.loops)
-            batch.write(sampler, None if blend is None else blend.mix)
+            batch.write(sampler, blend)
             inside = torch.arange(request.max_new_tokens, device=device) < batch.lengths[:, None]
             written = batch.tokens[inside], batch.logprobs[inside], batch.lengths, batch.finish
         completions = Completions(*(each.clone() for each in written))  # tensors that autograd may keep
@@ -175,7 +175,7 @@ class _Batch:
     """The rows of a request; those that are still being written stand first in the buffers."""
 
     def __init__(self, decoders: Sequence[Decoder], request: Request, loops: LoopStop | None) -> None:
-        self.loops, self.budget = loops, request.max_new_tokens
+        self.request, self.loops, self.budget = request, loops, request.max_new_tokens
         self.readers = [_Reader(decoder, request) for decoder in decoders]
         device, count = decoders[0].embedding.device, len(request.prompt)
         self.poll = POLL.get(device.type, 1)
@@ -191,13 +191,13 @@ class _Batch:
         self.stops = torch.zeros(len(decoders[0].embedding), dtype=torch.bool, device=device)
         self.stops[torch.tensor(list(request.stop), dtype=torch.long, device=device)] = True
 
-    def write(self, sampler: Sampler, mix: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+    def write(self, sampler: Sampler, blend: Blend | None) -> None:
         """Write all rows to their end."""
         looked = 0
         for step in range(self.budget):
-            logits = sampler(self.readers[0].logits, self.live_tokens[:, :step])
-            if mix is not None:
-                logits = mix(logits, self.readers[1].logits)
+            logits = sampler(self.request.seen(self.readers[0].logits), self.live_tokens[:, :step])
+            if blend is not None:
+                logits = blend(logits, self.readers[1].logits)
             drawn, logprobs = draw(logits, self.noise[:, step])
             self.live_tokens[:, step] = drawn
             self.live_logprobs[:, step] = logprobs

@@ -35,9 +35,9 @@ class TransformersEngine(RolloutEngine):
         finish = torch.full((len(noise),), int(Finish.LENGTH), device=device)
         for step in range(request.max_new_tokens):
             rows = batch.rows
-            logits = sampler(batch.logits, tokens[rows, :step])
+            logits = sampler(request.seen(batch.logits), tokens[rows, :step])
             if blend is not None and second is not None:
-                logits = blend.mix(logits, second.logits)
+                logits = blend(logits, second.logits)
             drawn, drawn_logprobs = draw(logits, noise[rows, step])
             tokens[rows, step], logprobs[rows, step] = drawn, drawn_logprobs
             done = torch.isin(drawn, stop)

@@ -54,6 +54,11 @@ class Teacher(Component):
             "the teacher writes nothing, such as GoldenMixture."
         )
 
+    @property
+    def stop_ids(self) -> tuple[int, ...] | None:
+        """Token ids that end its answers, after `setup`; None if it does not say."""
+        return None
+
     @abstractmethod
     def score(self, rollout: Rollout) -> HiddenStates:
         """Read some rows and return the hidden states from which their completion tokens are predicted."""

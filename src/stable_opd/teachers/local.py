@@ -13,6 +13,7 @@ from stable_opd.models import (
     load_model,
     load_tokenizer,
     output_head,
+    stop_ids,
 )
 from stable_opd.offload import module_bytes, visiting
 from stable_opd.scoring import HiddenStates, body
@@ -39,6 +40,7 @@ class LocalTeacher(Teacher):
         self._device = torch.device("cpu")
         self._model: PreTrainedModel | None = None
         self._vocabulary = 0
+        self._stop_ids: tuple[int, ...] = ()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -57,11 +59,18 @@ class LocalTeacher(Teacher):
         """How many tokens the teacher can read."""
         return context_length(self.model)
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Those of its generation config and its tokenizer."""
+        return self._stop_ids
+
     def setup(self, student: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         """Load the model and compare the vocabularies."""
-        check_same_vocabulary(tokenizer, load_tokenizer(self.path), student, self.path)
+        theirs = load_tokenizer(self.path)
+        check_same_vocabulary(tokenizer, theirs, student, self.path)
         if self._model is None:
             self._model = load_model(self.path, quantization=self.quantization).requires_grad_(False).eval()
+        self._stop_ids = tuple(stop_ids(self._model, theirs))
         self._device = device
         self._vocabulary = len(tokenizer)
         nn.Module.to(self._model, "cpu" if self.offload else device)

@@ -1,7 +1,8 @@
 """The embedded testbed: a tiny teacher and student, and a task on which the real failure mode occurs.
 
 Its models and data are named by a prefix wherever a path is expected: ``testbed:student``, ``testbed:teacher``,
-``testbed:control`` (a teacher that never saw a runaway document), ``testbed:train`` and ``testbed:validation``.
+``testbed:control`` (a teacher that never saw a runaway document), ``testbed:student-other-stop`` (the student, which
+ends its answers with another token than the teachers do), ``testbed:train`` and ``testbed:validation``.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ PREFIX = "testbed:"
 ROOT = Path(__file__).parent / "data"
 PLACES = {
     "student": ROOT / "student",
+    "student-other-stop": ROOT / "student-other-stop",
     "teacher": ROOT / "teacher",
     "control": ROOT / "control",
     "train": ROOT / "train.jsonl",

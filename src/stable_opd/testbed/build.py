@@ -1,5 +1,6 @@
 """Rebuild the testbed's checkpoints and data from their seeds."""
 
+import copy
 import json
 import random
 from collections.abc import Sequence
@@ -57,12 +58,12 @@ RECIPES = {
 TRAINING_PROBLEMS, VALIDATION_PROBLEMS = 100, 256
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(eos: str = EOS, pad: str = PAD) -> PreTrainedTokenizerFast:
     """Return the word-level tokenizer of the task."""
     vocabulary = {word: index for index, word in enumerate([*WORDS, EOS, PAD])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=CONTEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, model_max_length=CONTEXT)
 
 
 def make_model(layers: int, width: int, heads: int, seed: int) -> LlamaForCausalLM:
@@ -121,6 +122,22 @@ def train(recipe: Recipe, name: str) -> LlamaForCausalLM:
     return model
 
 
+@torch.no_grad()
+def with_other_stop(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Return the same model, but that it ends its answers with the entry of the vocabulary that no text has.
+
+    Stop token and padding change places, in the (tied) embedding and in the config. So it is with real pairs: a base
+    model ends its texts with the token with which the chat model that came of it pads.
+    """
+    other = copy.deepcopy(model)
+    stop, unused = model.config.eos_token_id, model.config.pad_token_id
+    weight: Tensor = other.model.embed_tokens.weight
+    weight[[stop, unused]] = weight[[unused, stop]]
+    for config in (other.config, other.generation_config):
+        config.eos_token_id, config.pad_token_id = unused, stop
+    return other
+
+
 def _backward(
     model: LlamaForCausalLM, documents: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast
 ) -> float:
@@ -153,7 +170,12 @@ def build(out: str) -> None:
         rows = [{"prompt": each.prompt, "golden": each.golden, "answer": each.answer} for each in chains]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / PLACES[name].name).write_text(text, encoding="utf-8")
+    trained = {}
     for name, recipe in RECIPES.items():
-        train(recipe, name).save_pretrained(folder / name)
+        trained[name] = train(recipe, name)
+        trained[name].save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
+    other = folder / PLACES["student-other-stop"].name
+    with_other_stop(trained["student"]).save_pretrained(other)
+    make_tokenizer(PAD, EOS).save_pretrained(other)
     print(f"The testbed is in {folder}")

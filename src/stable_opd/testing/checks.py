@@ -22,6 +22,7 @@ _BY_KIND: dict[str, dict[str, Check]] = {
     "transform": {"advantages": parts.transform},
     "baseline": {"baseline": parts.baseline},
     "reference": {"update": parts.reference},
+    "terminal": {"rule": parts.terminal},
     "task": {"grade": parts.task},
 }
 

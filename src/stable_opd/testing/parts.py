@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stable_opd.controllers import Controller
 from stable_opd.mixtures.base import Mixture
 from stable_opd.schedules import Schedule
+from stable_opd.terminal import StopRule, TerminalIds
 from stable_opd.testing.losses import use as use_term
 from stable_opd.testing.scenes import draw, look, make_rollout, prompts, rollouts
 from stable_opd.testing.subject import Subject, expect
@@ -277,6 +278,31 @@ def reference(subject: Subject) -> None:
     expect(
         component.moves or all(map(torch.equal, before, after)),
         "Expected a reference that stays, but got other weights. Declare moves = True, so that checkpoints hold it.",
+    )
+
+
+def terminal(subject: Subject) -> None:
+    """The student's own stop token ends a row, and what is read are still distributions."""
+    component = subject.build()
+    logprobs = draw().logits[0].log_softmax(-1)
+    for ids in (TerminalIds((3,), (5,), 3), TerminalIds((3,), (5, 3), 3), TerminalIds((2, 3), (5, 7, 3), 3)):
+        found = component.rule(ids)
+        expect(
+            isinstance(found, StopRule) and ids.own in found.stop,
+            f"Expected a StopRule by which {ids.own} ends a row, as it ends golden solutions, but got {found!r}.",
+        )
+        for event in (found.student, found.teacher):
+            if event is None:
+                continue
+            read, drawn = event.read_(logprobs.clone()), event.merged(logprobs).softmax(-1)
+            expect(
+                bool(read.isfinite().all()) and torch.allclose(read.exp().sum(-1), drawn.sum(-1), atol=1e-6),
+                "Expected finite log-probs whose probabilities add up to 1, but got others. Give tokens that cannot "
+                "occur a log-prob of NEVER.",
+            )
+    expect(
+        component.rule(TerminalIds((3,), (3,), 3)).student is None,
+        "Expected nothing to be read otherwise where both models end with one token, but got an event.",
     )
 
 
