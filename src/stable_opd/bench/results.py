@@ -13,7 +13,7 @@ from stable_opd.bench.expand import Run
 from stable_opd.bench.figures import figure
 from stable_opd.bench.folder import metric_rows, read_record, write_whole
 from stable_opd.bench.spec import Metric, Spec
-from stable_opd.bench.statistics import deviation, holm, mean, sign_flip
+from stable_opd.bench.statistics import deviation, mean, sign_flip
 
 
 @dataclass(frozen=True)
@@ -150,24 +150,29 @@ def ranking(spec: Spec, found: Cells, metric: str) -> list[str]:
 
 def compare(first: Cell, second: Cell) -> Comparison | None:
     """Return how two combinations differ on the seeds that both finished; none if there are none."""
-    seeds = [seed for seed in first.by_seed if seed in second.by_seed]
-    differences = [first.by_seed[seed] - second.by_seed[seed] for seed in seeds]
-    if not seeds or not all(map(math.isfinite, differences)):
-        return None
-    return Comparison(len(seeds), mean(differences), sign_flip(differences))
+    return _tested({"": _paired(first, second)}).get("")
 
 
 def against_baseline(spec: Spec, found: Cells, metric: str) -> dict[str, Comparison]:
-    """Return how every other combination differs from the baseline, with p-values that Holm's method corrects."""
+    """Return how every other combination differs from the baseline, with p-values corrected for their number."""
     if spec.baseline is None:
         return {}
     base = combination({axis: spec.baseline[axis] for axis in spec.axes})
-    pairs = {name: compare(row[metric], found[base][metric]) for name, row in found.items() if name != base}
-    known = {name: each for name, each in pairs.items() if each is not None}
-    corrected = holm([each.p for each in known.values()])
+    return _tested({name: _paired(row[metric], found[base][metric]) for name, row in found.items() if name != base})
+
+
+def _paired(first: Cell, second: Cell) -> dict[int, float]:
+    """Return the differences by seed; none if one is no number."""
+    differences = {seed: first.by_seed[seed] - second.by_seed[seed] for seed in first.by_seed if seed in second.by_seed}
+    return differences if all(map(math.isfinite, differences.values())) else {}
+
+
+def _tested(differences: Mapping[str, Mapping[int, float]]) -> dict[str, Comparison]:
+    known = {name: each for name, each in differences.items() if each}
+    p_values = sign_flip(list(known.values()))
     return {
-        name: Comparison(each.pairs, each.difference, p)
-        for (name, each), p in zip(known.items(), corrected, strict=True)
+        name: Comparison(len(each), mean(list(each.values())), p)
+        for (name, each), p in zip(known.items(), p_values, strict=True)
     }
 
 

@@ -2,10 +2,12 @@
 
 import itertools
 import math
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-#: More pairs than this are tested with so many random signs instead of all of them.
+import numpy as np
+from numpy.typing import NDArray
+
+#: More seeds than this are tested with so many random patterns instead of all of them.
 _EXACT, _DRAWS = 16, 65_536
 
 
@@ -22,47 +24,50 @@ def deviation(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((each - centre) ** 2 for each in values) / (len(values) - 1))
 
 
-def sign_flip(differences: Sequence[float]) -> float:
-    """Return the two-sided p-value of paired differences: how often random signs make their sum as large.
+def sign_flip(differences: Sequence[Mapping[int, float]]) -> list[float]:
+    """Return two-sided p-values of several comparisons on the same seeds, corrected for their number.
 
-    Were there no difference between both sides, each pair could as well have come the other way round. With n pairs the
-    smallest value that can come out is 2 / 2^n. Above 16 pairs, a fixed sample of the signs stands for all.
+    Were there no difference between both sides, each pair could as well have come the other way round. So the signs of
+    all comparisons are flipped together, seed by seed, and a p-value is the share of the sign patterns in which some
+    comparison is as clear as this one was. How clear it is: |sum of d| / sqrt(n * sum of d^2), which is 1 where all n
+    differences are equal. Comparisons that are clearer than this one do not count against it (step-down). With n seeds
+    the smallest value that can come out is 2 / 2^n, however many comparisons there are. Above 16 seeds, a fixed sample
+    of the patterns stands for all.
+
+    Source: the step-down maxT method of Westfall and Young 1993, Resampling-Based Multiple Testing.
 
     Args:
-        differences: One difference per pair.
+        differences: Per comparison, the difference of each pair by its seed.
     """
-    if not differences:
-        return 1.0
-    seen = abs(math.fsum(differences))
-    # What is equal but for rounding counts as equal.
-    bound = seen - 1e-9 * math.fsum(map(abs, differences))
-    if len(differences) <= _EXACT:
-        sums = [
-            abs(math.fsum(sign * each for sign, each in zip(signs, differences, strict=True)))
-            for signs in itertools.product((1, -1), repeat=len(differences))
-        ]
-        return sum(each >= bound for each in sums) / len(sums)
-    rng = random.Random(0)
-    as_large = sum(
-        abs(math.fsum(each if rng.random() < 0.5 else -each for each in differences)) >= bound for _ in range(_DRAWS)
-    )
-    return (as_large + 1) / (_DRAWS + 1)
+    seeds = sorted({seed for each in differences for seed in each})
+    if not seeds:
+        return [1.0] * len(differences)
+    table = np.array([[each.get(seed, 0.0) for seed in seeds] for each in differences])
+    pairs = np.array([len(each) for each in differences])
+    scale = np.sqrt(pairs * (table**2).sum(1))
+    table /= np.where(scale > 0, scale, 1.0)[:, None]
+    clear = np.abs(_signs(len(seeds)) @ table.T)  # a row per pattern; the first is what was seen
+    found = np.ones(len(differences))
+    least = 0.0
+    rest = list(np.argsort(-clear[0], kind="stable"))
+    while rest:
+        first, largest = rest[0], clear[:, rest].max(1)
+        # What is equal but for rounding counts as equal.
+        least = max(least, float((largest >= clear[0, first] - 1e-9).mean()))
+        found[first] = least
+        rest.pop(0)
+    return [float(each) for each in found]
+
+
+def _signs(count: int) -> NDArray[np.float64]:
+    """Return sign patterns, (patterns, count), the one without a flip first."""
+    if count <= _EXACT:
+        return np.array(list(itertools.product((1.0, -1.0), repeat=count)))
+    drawn = np.random.default_rng(0).choice((1.0, -1.0), (_DRAWS + 1, count))
+    drawn[0] = 1.0
+    return drawn
 
 
 def smallest_p(pairs: int) -> float:
-    """Return the smallest p-value that `sign_flip` can give."""
+    """Return the smallest p-value that `sign_flip` can give on so many seeds."""
     return min(1.0, max(2.0 ** (1 - pairs), 1 / (_DRAWS + 1)))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values that are corrected for their number, by Holm's method.
-
-    Args:
-        p_values: Those of single tests.
-    """
-    found = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda each: p_values[each])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        found[index] = largest
-    return found

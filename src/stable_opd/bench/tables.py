@@ -55,11 +55,12 @@ def main_table(spec: Spec, found: Cells) -> str:
 def significance(spec: Spec, found: Cells) -> str:
     """Return which test decides what is marked, and what it says of every metric."""
     side = "the baseline" if spec.baseline is not None else "the runner-up"
-    number = ", with p-values corrected by Holm's method for the number of combinations" if spec.baseline else ""
+    number = ", with p-values corrected for the number of combinations (Westfall and Young)" if spec.baseline else ""
+    chosen = " Best and runner-up are chosen by the data that tests them, so take a p-value near the limit as a hint."
+    hint = "" if spec.baseline else chosen
     lines = [
         f"Bold: the best combination, if it differs from {side} by an exact two-sided sign-flip permutation test on "
-        f"the differences paired by seed, p ≤ {spec.alpha:g}{number}. The best and the runner-up are chosen by the "
-        "same data that tests them, so take a p-value near the limit as a hint."
+        f"the differences paired by seed, p ≤ {spec.alpha:g}{number}.{hint}"
     ]
     for metric, what in spec.metrics.items():
         if what.better is not None:
@@ -71,20 +72,18 @@ def _verdict(spec: Spec, found: Cells, metric: str) -> str:
     ranked = ranking(spec, found, metric)
     if len(ranked) < 2:
         return "fewer than two combinations have it."
-    tests = 1
     if spec.baseline is None:
         other, comparison = ranked[1], compare(found[ranked[0]][metric], found[ranked[1]][metric])
     else:
         other = combination({axis: spec.baseline[axis] for axis in spec.axes})
         if ranked[0] == other:
             return "the baseline itself is the best, so nothing is marked."
-        comparisons = against_baseline(spec, found, metric)
-        comparison, tests = comparisons.get(ranked[0]), len(comparisons)
+        comparison = against_baseline(spec, found, metric).get(ranked[0])
     if comparison is None:
         return f"{ranked[0]} and {other} have no seed in common."
     seeds = f"{comparison.pairs} seed{'s' * (comparison.pairs > 1)}"
     says = f"{ranked[0]} against {other}: difference {comparison.difference:+.3g} on {seeds}"
-    least = min(1.0, tests * smallest_p(comparison.pairs))
+    least = smallest_p(comparison.pairs)
     if least > spec.alpha:
         return f"{says}. So few seeds cannot be significant: the smallest p-value possible is {least:.2g}."
     verdict = "significant" if comparison.p <= spec.alpha else "not significant"
