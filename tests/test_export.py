@@ -8,8 +8,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import TOKENIZER, save, tiny_model
+from helpers import EOS, TOKENIZER, save, tiny_model
 from stable_opd.cli import main
+from stable_opd.resume import step_of
 from stable_opd.students import LoRA, load_student
 
 peft = pytest.importorskip("peft")
@@ -44,8 +45,7 @@ def trained(teacher_path, train_path, validation_path, tmp_path, monkeypatch):
         }
         Path("recipe.yaml").write_text(yaml.safe_dump(config))
         main(["fit", "-c", "recipe.yaml", "--trainer.val_check_interval", "1"])
-        (path,) = Path("runs").rglob("*.ckpt")
-        return path
+        return max(Path("runs").rglob("*.ckpt"), key=step_of)
 
     return trained
 
@@ -124,6 +124,17 @@ def _base(student):
     from stable_opd.models import load_model
 
     return load_model(student, quantization="nf4")
+
+
+@pytest.mark.parametrize("stop", [[EOS, 3], [EOS]])
+def test_exported_student_ends_its_answers_as_in_training(stop, trained, student):
+    path = trained(student)
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["stop_ids"] == [EOS]
+    torch.save(checkpoint | {"stop_ids": stop}, path)
+    main(["export", str(path), "out"])
+    found = AutoModelForCausalLM.from_pretrained("out").generation_config.eos_token_id
+    assert found == (stop if len(stop) > 1 else EOS)
 
 
 @torch.no_grad()

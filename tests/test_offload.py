@@ -23,6 +23,7 @@ from stable_opd import (
 from stable_opd.cli import main
 from stable_opd.offload import move_state, visiting
 from stable_opd.options import RolloutOptions, UpdateOptions
+from stable_opd.resume import newest
 from stable_opd.sources import Source
 
 ELSEWHERE, HOST = torch.device("cpu:0"), torch.device("cpu")  # the same memory under two names
@@ -256,7 +257,7 @@ def test_yaml_chooses_what_rests(recipe):
     assert config["update"]["offload"] == ["optimizer", "reference"]
     assert config["teacher"]["init_args"]["offload"] is True
     usual, resting = (
-        torch.load(next(Path(f"runs/opd/version_{number}").rglob("*.ckpt")), weights_only=True)["state_dict"]
+        torch.load(newest(Path(f"runs/opd/version_{number}/checkpoints")), weights_only=True)["state_dict"]
         for number in (0, 1)
     )
     for name in weights_of_the_student(usual):

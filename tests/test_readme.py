@@ -62,13 +62,32 @@ def test_recipe_is_understood(tmp_path, capsys):
     assert done.value.code == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
     assert resolved["model"]["mixture"]["init_args"]["schedule"]["init_args"] == {"start": 1.0, "end": 0.1}
-    assert resolved["data"]["init_args"]["columns"] == {"prompt": "problem", "golden": "solution", "answer": "answer"}
+    columns = {"prompt": "problem", "golden": "solution", "answer": "answer", "judged": None}
+    assert resolved["data"]["init_args"]["columns"] == columns
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_additions_to_the_recipe_are_understood(number, tmp_path, capsys):
+    paths = []
+    for place in (0, number):
+        paths += ["-c", str(tmp_path / f"{place}.yaml")]
+        Path(paths[-1]).write_text(block("yaml", place))
+    with pytest.raises(SystemExit) as done:
+        main(["fit", *paths, "--print_config"])
+    assert done.value.code == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    if number == 1:
+        assert (resolved["model"]["adapter"]["rank"], resolved["model"]["adapter"]["quantization"]) == (16, "nf4")
+        assert resolved["model"]["teacher"]["init_args"]["quantization"] == "nf4"
+    else:
+        assert resolved["data"]["init_args"]["validation"]["aime24"]["samples"] == 32
+        assert resolved["data"]["init_args"]["task"]["class_path"].endswith("MathVerify")
 
 
 @pytest.mark.slow
 def test_parts_that_compose_train_together(tmp_path):
     path = tmp_path / "parts.yaml"
-    path.write_text(block("yaml", 1))
+    path.write_text(block("yaml", 3))
     short = ["--trainer.max_steps", "2", "--trainer.num_sanity_val_steps", "0", "--data.batch_size", "4"]
     out = ["--trainer.logger.save_dir", str(tmp_path), "--trainer.enable_progress_bar", "false"]
     main(["fit", "-c", str(ROOT / "configs" / "quickstart.yaml"), "-c", str(path), *short, *out])

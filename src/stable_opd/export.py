@@ -74,8 +74,16 @@ def write_student(
         model.load_state_dict(student)
     if dtype is not None:
         model.to(dtype)
+    if not adapter_alone:
+        _end_as_trained(model, saved.get("stop_ids"))
     model.save_pretrained(folder)
     load_tokenizer(path).save_pretrained(folder)
+
+
+def _end_as_trained(model: Any, stop_ids: list[int] | None) -> None:
+    """Let `generate` end answers with the tokens that ended them in training, which may be those of the teacher too."""
+    if stop_ids and model.generation_config is not None:
+        model.generation_config.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
 
 
 def _adapted(model: Any, adapter: LoRA, weights: dict[str, Tensor], alone: bool) -> Any:

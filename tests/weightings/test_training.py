@@ -29,6 +29,7 @@ from stable_opd.cli import main
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.policies import Policies
 from stable_opd.registry import components
+from stable_opd.resume import newest
 from stable_opd.sources import Source
 from stable_opd.weightings import (
     AgreementCut,
@@ -186,8 +187,7 @@ def recipe(student_path, teacher_path, train_path, validation_path, tmp_path, mo
 
 def outcome(version):
     folder = Path(f"runs/opd/version_{version}")
-    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
-    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    state = torch.load(newest(folder / "checkpoints"), weights_only=True)["state_dict"]
     with (folder / "metrics.csv").open() as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     return {name: tensor for name, tensor in state.items() if not name.startswith("report")}, losses
