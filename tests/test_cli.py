@@ -413,9 +413,8 @@ def test_wrong_input_is_refused_with_its_reason(changes, words, recipe, capsys):
 
 def test_teacher_of_another_vocabulary_is_refused_with_what_differs(recipe, capsys, tmp_path):
     path = save(tiny_model(2), tmp_path / "other")
-    tokenizer = type(TOKENIZER).from_pretrained(path)
-    tokenizer.add_tokens(["&"])
-    tokenizer.save_pretrained(path)
+    words = tmp_path / "other" / "tokenizer.json"
+    words.write_text(words.read_text().replace('"#"', '"&"'))
     message = refusal(capsys, "fit", "-c", recipe(model={"teacher": {"init_args": {"path": path}}}))
     assert "1 tokens are known to the teacher only (such as '&')" in message
 

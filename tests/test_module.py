@@ -533,9 +533,8 @@ def test_teacher_with_a_shorter_context_is_refused_by_name(build, data, tmp_path
 
 def test_teacher_with_another_vocabulary_is_refused_before_the_first_step(build, data, tmp_path):
     other = save(tiny_model(2), tmp_path)
-    tokenizer = type(TOKENIZER).from_pretrained(other)
-    tokenizer.add_tokens(["&"])
-    tokenizer.save_pretrained(other)
+    words = tmp_path / "tokenizer.json"
+    words.write_text(words.read_text().replace('"#"', '"&"'))
     with pytest.raises(ValueError, match=r"1 tokens are known to the teacher only.*'&'"):
         fit(build(teacher=other), data())
 

@@ -82,8 +82,11 @@ def assert_same(found, expected):
     (states, gradients), (expected_states, expected_gradients) = found, expected
     torch.testing.assert_close(states, expected_states, rtol=0, atol=2e-5 * expected_states.abs().max().item())
     assert gradients.keys() == expected_gradients.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
-        limit = 5e-5 * gradient.abs().max().item()
+        limit = (
+            5e-5 * gradient.abs().max().item() + 1e-6 * largest
+        )  # a token that sees itself alone has zeros to rounding
         torch.testing.assert_close(
             gradients[name], gradient, rtol=0, atol=limit, msg=lambda text, name=name: f"{name}: {text}"
         )

@@ -228,10 +228,10 @@ def test_training_moves_the_adapters_and_nothing_else(adapter, run, student_path
 
 
 REFUSED = {
-    "average": ({"reference": MovingAverage(0.5)}, "MovingAverage, which needs a copy of all weights"),
-    "reset": ({"reference": PeriodicReset(2)}, "PeriodicReset, which needs a copy of all weights"),
-    "weights": ({"constraints": {"w": InitialWeights(0.1)}}, "w, which holds the student's weights.*Use ReferenceKL"),
-    "offload": ({"update": UpdateOptions(offload=("reference",))}, "takes no memory; leave it out"),
+    "average": ({"reference": MovingAverage(0.5)}, "MovingAverage. It needs a copy of all weights"),
+    "reset": ({"reference": PeriodicReset(2)}, "PeriodicReset. It needs a copy of all weights"),
+    "weights": ({"constraints": {"w": InitialWeights(0.1)}}, "w, which holds the student's weights. .*Use ReferenceKL"),
+    "offload": ({"update": UpdateOptions(offload=("reference",))}, "takes no memory. Leave it out"),
 }
 
 

@@ -107,6 +107,7 @@ class OPDModule(LightningModule):
         self.rollout_options, self.policies, self.update_options = rollout, policies, update
         self.weighting = nn.ModuleDict({name: each for name, each in (weighting or {}).items() if each is not None})
         self.reference, self.terminal = reference or InitialStudent(), terminal or SemanticClass()
+        self.stop_rule = SEPARATE  # until the models are there
         # What serves and does not learn stays out of the module's parameters and checkpoints.
         self.readers = Readers(teacher, "reference" in update.offload)
         self.engine = engine or InProcessEngine()

@@ -36,7 +36,8 @@ def added_tokens(student: Speaker, teacher: Speaker) -> Iterator[Symptom]:
     """Tokens that were added to the vocabularies of student and teacher, whose ids have to mean the same."""
     ids = sorted(added_ids(student.tokenizer, teacher.tokenizer))
     names = [each.tokenizer.convert_ids_to_tokens(ids) for each in (student, teacher)]
-    differing = [(number, ours, theirs) for number, ours, theirs in zip(ids, *names, strict=True) if ours != theirs]
+    # What only the teacher knows is never written.
+    differing = [each for each in zip(ids, *names, strict=True) if each[1] is not None and each[1] != each[2]]
     if differing:
         number, ours, theirs = differing[0]
         yield symptom(
