@@ -132,7 +132,7 @@ def test_command_prints_and_writes_what_the_trial_says(tmp_path, capsys):
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     (row,) = csv.DictReader((out / "metrics.csv").read_text().splitlines())
     assert row.pop("step") == "0"
-    assert {name: f"{float(value):.4g}" for name, value in row.items()} == printed
+    assert {name: f"{float(value or 'nan'):.4g}" for name, value in row.items()} == printed
     assert printed["exact-6/found"] == "1"
     assert printed["golden/flagged"] == "0"
     assert yaml.safe_load((out / "config.yaml").read_text())["periods"] == [6]

@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -84,9 +85,9 @@ def table(figures: Mapping[str, float]) -> str:
 
 
 def write(figures: Mapping[str, float], folder: Path) -> None:
-    """Write the figures as a metrics.csv of one row, which `stable-opd bench` reads."""
+    """Write the figures as a metrics.csv of one row, which `stable-opd bench` reads; a delay of nothing stays empty."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metrics.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *figures])
-        writer.writerow([0, *figures.values()])
+        writer.writerow([0, *("" if math.isnan(value) else value for value in figures.values())])
