@@ -84,9 +84,8 @@ def assert_same(found, expected):
     assert gradients.keys() == expected_gradients.keys()
     largest = max(gradient.abs().max().item() for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
-        limit = (
-            5e-5 * gradient.abs().max().item() + 1e-6 * largest
-        )  # a token that sees itself alone has zeros to rounding
+        # A token that sees itself alone has gradients that are zero but for rounding.
+        limit = 5e-5 * gradient.abs().max().item() + 1e-6 * largest
         torch.testing.assert_close(
             gradients[name], gradient, rtol=0, atol=limit, msg=lambda text, name=name: f"{name}: {text}"
         )
