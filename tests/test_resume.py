@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningModule
 
 from helpers import save, tiny_model
 from killing import attempt
 from stable_opd.callbacks import RunCheckpoint
+from stable_opd.callbacks.checkpoint import _state_bytes
 from stable_opd.cli import main
-from stable_opd.resume import checkpoints, step_of
+from stable_opd.resume import changes, checkpoints, step_of
 
 STEPS = 7
 
@@ -225,6 +227,52 @@ def test_runs_beside_each_other_find_their_own(recipe):
     main(recipe("shared"))
     steps = [step_of(checkpoints(Path(f"runs/shared/version_{version}/checkpoints"))[0]) for version in (0, 1)]
     assert steps == [STEPS, 2]
+
+
+def test_last_is_also_what_an_evaluation_evaluates(whole, caplog):
+    """Evaluations write folders of their own, which are no runs to go on with."""
+    copied("evaluated")
+    for command in ("validate", "predict"):
+        main([command, *whole("evaluated")[1:], "--ckpt_path", "null"])
+    assert not [each for each in Path("runs/evaluated").iterdir() if "version_0" not in each.name and checkpoints(each)]
+    for command in ("validate", "predict"):
+        caplog.clear()
+        main([command, *whole("evaluated")[1:]])
+        assert "version_0 goes on from step 7" in caplog.text
+    accept = ["--checkpoint.accept_changes", "true", "--trainer.max_steps", "8"]
+    with pytest.warns(UserWarning, match=r"another configuration: .*anchor.init_args.weight"):
+        main(whole("evaluated", "--model.constraints.anchor.init_args.weight", "0.2", *accept))
+    assert step_of(checkpoints(Path("runs/evaluated/version_0/checkpoints"))[0]) == 8
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_evaluating_the_last_of_nothing_is_refused(command, recipe):
+    with pytest.raises(ValueError, match=r"a run of this configuration with a checkpoint.*Train it first"):
+        main([command, *recipe(f"nothing-{command}")[1:]])
+
+
+def test_a_guard_that_acts_is_part_of_the_configuration():
+    def config(**settings):
+        guard = {"class_path": "stable_opd.guard.CollapseGuard", "init_args": settings}
+        return {"trainer": {"callbacks": [{"class_path": "lightning.pytorch.callbacks.Timer"}, guard]}}
+
+    assert changes(config(mode="warn"), {"trainer": {"callbacks": None}}) == []
+    assert changes(config(mode="act"), config(mode="act")) == []
+    (phrase,) = changes(config(mode="act", factor=2.0), config(mode="act", factor=3.0))
+    assert phrase == "trainer.callbacks.CollapseGuard.factor: 2.0 became 3.0"
+    assert changes(config(mode="act"), {"trainer": {}})
+
+
+def test_room_is_asked_for_what_is_saved_and_no_more():
+    class Module(LightningModule):
+        def __init__(self, adapted):
+            super().__init__()
+            self.base, self.adapter = torch.nn.Linear(100, 100, bias=False), torch.nn.Linear(10, 10, bias=False)
+            self.base.requires_grad_(not adapted)
+            self.strict_loading = not adapted
+
+    assert _state_bytes(Module(adapted=False)) == 3 * 4 * (10_000 + 100)
+    assert _state_bytes(Module(adapted=True)) == 3 * 4 * 100
 
 
 def cut(path):

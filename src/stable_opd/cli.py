@@ -64,7 +64,7 @@ class CLI(LightningCLI):
         if path is None and self.subcommand == "fit" and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
             path = "last"  # the same command, which Slurm has queued again
         if path == "last":
-            place = resume.last(self.record)
+            place = resume.last(self.record, trains=self.subcommand == "fit")
             path = place and place.checkpoint
             if place and self.subcommand == "fit" and self._logger() is not None:
                 self._logger().version = place.folder.name

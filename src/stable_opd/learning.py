@@ -1,5 +1,6 @@
 """The half of a training step in which the student learns from a rollout that is there."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -190,6 +191,11 @@ class Learner:
             self.reference.update(self.readers.reference, self.model, moment.step + 1)
         return scalars
 
+    def _asleep(self) -> dict[str, float]:
+        """Return the figures of terms that rest, which have nothing to measure."""
+        resting = self.objective.terms.keys() - self.objective.awake().terms.keys()
+        return {f"train/{kind}/{name}": math.nan for name in resting for kind in ("loss", "value")}
+
     def adapt(self, scalars: Mapping[str, Any], figures: Callable[[], Mapping[str, float]]) -> None:
         """Let constraints and schedules learn of the step.
 
@@ -201,7 +207,7 @@ class Learner:
             constraint.adapt(scalars[f"value/{name}"])
         if self.observers:
             # Those of the step, which all processes agree on; times are each process's own.
-            seen = {name: value for name, value in figures().items() if name.startswith("train/")}
+            seen = self._asleep() | {name: value for name, value in figures().items() if name.startswith("train/")}
             for schedule in self.observers:
                 schedule.observe(seen)
 

@@ -21,7 +21,7 @@ _TRAINER = (
 
 #: What may differ between two attempts at one run: where to go on, how long, what is evaluated, and where files go.
 _HARMLESS = re.compile(
-    r"config|ckpt_path|weights_only|checkpoint|model\.rollout\.eval_temperature"
+    r"config|ckpt_path|weights_only|checkpoint|verbose|return_predictions|model\.rollout\.eval_temperature"
     r"|data\.init_args\.(validation|task|eval_batch_size|num_workers)"
     rf"|trainer\.(?!({'|'.join(_TRAINER)})\b)\w+"
 )
@@ -104,7 +104,18 @@ def changes(before: Config, after: Config) -> list[str]:
     """Return what differs between two configurations and has a say in what is learnt, a phrase for each."""
     from stable_opd.bench.recipes import differences
 
-    return [each for each in differences(before, after) if not _HARMLESS.match(each.partition(":")[0])]
+    found = [each for each in differences(before, after) if not _HARMLESS.match(each.partition(":")[0])]
+    return found + differences(*({"trainer": {"callbacks": _guard(each)}} for each in (before, after)))
+
+
+def _guard(config: Config) -> Config:
+    """Return the settings of a guard that acts, the only callback of ours that has a say in what is learnt."""
+    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    for each in callbacks if isinstance(callbacks, list) else [callbacks]:
+        settings = each.get("init_args") or {}
+        if each.get("class_path", "").rpartition(".")[2] == "CollapseGuard" and settings.get("mode") == "act":
+            return {"CollapseGuard": settings}
+    return {}
 
 
 def refusal(different: list[str], what: str) -> str:
@@ -116,34 +127,43 @@ def refusal(different: list[str], what: str) -> str:
     )
 
 
-def last(config: Config) -> Place | None:
-    """Find the run that a command continues: the newest of its configuration, where its logger writes.
+def last(config: Config, trains: bool = True) -> Place | None:
+    """Find the run that a command continues or evaluates: the newest of its configuration, where its logger writes.
 
     Args:
         config: The resolved configuration of the command.
+        trains: Whether it trains, so that a run without a checkpoint may begin anew.
 
     Returns:
         Where it goes on; None if there is no run yet.
 
     Raises:
-        ValueError: If there are runs, but all of another configuration.
+        ValueError: If there are runs, but all of another configuration, or if there is nothing to evaluate.
     """
     accepted = (config.get("checkpoint") or {}).get("accept_changes", False)
     refused = None
     for folder in _folders(config):
         record = _record(folder)
-        if record is None:
+        if record is None or "verbose" in record or "return_predictions" in record:  # these two are of evaluations
             continue
         different = changes(record, config)
-        if not different or accepted:
-            checkpoint = newest(folder / "checkpoints")
-            where = f"step {step_of(checkpoint)}" if checkpoint else "the beginning, as it left no checkpoint"
-            rank_zero_info(f"The run in {folder} goes on from {where}.")
-            return Place(folder, checkpoint)
-        if checkpoints(folder / "checkpoints"):
-            refused = refused or refusal(different, f"the run in {folder}")
+        if different and not accepted:
+            if checkpoints(folder / "checkpoints"):
+                refused = refused or refusal(different, f"the run in {folder}")
+            continue
+        checkpoint = newest(folder / "checkpoints")
+        if checkpoint is None and (different or not trains):
+            continue
+        where = f"step {step_of(checkpoint)}" if checkpoint else "the beginning, as it left no checkpoint"
+        rank_zero_info(f"The run in {folder} goes on from {where}.")
+        return Place(folder, checkpoint)
     if refused:
         raise ValueError(refused)
+    if not trains:
+        raise ValueError(
+            "Expected a run of this configuration with a checkpoint, because of --ckpt_path last, but got none where "
+            "the logger writes. Train it first, or name a checkpoint by its path."
+        )
     return None
 
 

@@ -26,6 +26,7 @@ from stable_opd.guard.slowing import Slowing
 from stable_opd.options import RolloutOptions
 from stable_opd.policies import Policies
 from stable_opd.references import MovingAverage
+from stable_opd.schedules import OnMetric
 
 #: It warns of what it does, which is what it is there for.
 pytestmark = pytest.mark.filterwarnings("ignore:CollapseGuard at step", "ignore:.*not empty")
@@ -181,6 +182,21 @@ def test_an_alarm_that_lasts_ends_the_run_with_healthy_weights(build, fit, event
     assert same(weights(module), kept.weights[13])
     healthy = torch.load(tmp_path / "run/healthy/step=13.ckpt", weights_only=True)["state_dict"]
     assert same(weights(module), {name.removeprefix("student."): tensor for name, tensor in healthy.items()})
+
+
+def test_a_run_that_was_stopped_stays_so(build, fit, tmp_path):
+    stopped = fit(build(), Scripted([[15, 100]]), CollapseGuard("act", raises=0, rollbacks=0, every=3), steps=60)
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    guard = CollapseGuard("act", raises=0, rollbacks=0, every=3)
+    again = fit(build(), Scripted([]), guard, steps=60, ckpt_path=tmp_path / "stopped.ckpt")
+    assert again.global_step == stopped.global_step < 60
+
+
+def test_a_schedule_may_follow_a_term_that_rests(build, fit):
+    schedule = OnMetric("train/value/mixture", above=0.0, patience=1)
+    module = build(constraints={"anchor": ReferenceKL(0.5, schedule=schedule)})
+    fit(module, Scripted([]), CollapseGuard("act", resting=True, every=3), steps=2)
+    assert schedule.factor == 1.0  # there was nothing to follow
 
 
 def test_the_last_three_healthy_checkpoints_are_kept(build, fit, tmp_path):

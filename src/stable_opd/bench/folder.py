@@ -197,6 +197,8 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return the checkpoints that can be read, the one with the most steps first."""
     found = []
     for path in folder.rglob("*.ckpt"):
+        if path.parent.name == "healthy":  # of a guard, and written in the midst of a step
+            continue
         if path.is_dir():  # written by a sharded strategy: only the name tells
             named = re.search(r"step=(\d+)", path.name)
             found += [(int(named.group(1)), path)] if named else []

@@ -206,8 +206,8 @@ def _read_metrics(trainer: Trainer) -> str | None:
 
 def _state_bytes(module: LightningModule) -> int:
     """Return about how large a checkpoint is, with an optimizer that keeps two numbers per parameter, such as AdamW."""
-    sizes = [(each.numel() * each.element_size(), each.requires_grad) for each in module.parameters()]
-    return sum(size + 2 * size * trained for size, trained in sizes)
+    saved = [each for each in module.parameters() if each.requires_grad or module.strict_loading]
+    return sum(each.numel() * each.element_size() * (3 if each.requires_grad else 1) for each in saved)
 
 
 def _problem(folder: Path, size: int) -> str | None:

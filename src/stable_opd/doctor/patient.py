@@ -67,9 +67,9 @@ class Patient:
         data: Prompts and golden solutions.
         learner: The terms, and what belongs to them; only for training.
         stop_rule: What ends an answer, and how the models are read there.
-        sampler: How the student draws.
+        sampler: How the student draws in training.
         budget: Token budget of an answer.
-        precision: Of the trainer.
+        precision: Of the trainer; only for training.
         adapted: Whether adapters learn, and the reference is the student without them.
         measured: What the models said of some prompts.
         memory: What a training step needs, if all of it is on one device.
@@ -79,9 +79,9 @@ class Patient:
     student: Speaker
     contexts: Mapping[str, int | None]
     stop_rule: StopRule
-    sampler: Sampler
+    sampler: Sampler | None
     budget: int
-    precision: str
+    precision: str | None
     teacher: Speaker | None = None
     data: PromptDataModule | None = None
     learner: Learner | None = None
@@ -101,12 +101,12 @@ class Patient:
 
     @property
     def examples(self) -> list[Example] | None:
-        """Examples whose tokens are looked at, those for training first."""
+        """Examples whose tokens are looked at: those for training, if there are some."""
         if self.data is None:
             return None
         loaded = self.data.examples
-        evaluated = [each for split, examples in loaded.items() if split != "train" for each in examples]
-        return [*loaded.get("train", []), *evaluated][:EXAMPLES]
+        # Sets for evaluation may have columns of their own, and nobody learns from them.
+        return (loaded.get("train") or [each for examples in loaded.values() for each in examples])[:EXAMPLES]
 
     @classmethod
     def of(cls, module: "OPDModule", stage: str) -> "Patient":
@@ -118,9 +118,9 @@ class Patient:
             student=Speaker("student", module.student_path, module.model, module.tokenizer),
             contexts=contexts | ({"teacher": module.readers.teacher.context_length} if learner else {}),
             stop_rule=module.stop_rule,
-            sampler=module.sampler,
+            sampler=module.sampler if learner else None,
             budget=module.rollout_options.max_new_tokens,
-            precision=str(module.trainer.precision),
+            precision=str(module.trainer.precision) if learner else None,
             teacher=_in_this_process(module.readers.teacher) if learner else None,
             data=data if isinstance(data, PromptDataModule) and data.examples else None,
             learner=learner,

@@ -107,7 +107,7 @@ class CollapseGuard(Callback):
         self.healthy = HealthyCheckpoints(every)
         self.slowing = Slowing()
         self.terms: dict[str, LossTerm] = {}
-        self._warned = False
+        self._warned = self._stopped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the terms to raise.
@@ -123,6 +123,7 @@ class CollapseGuard(Callback):
         if self.mode == "act":
             self.slowing.attach(trainer.optimizers)
             self._apply()
+            trainer.should_stop = trainer.should_stop or self._stopped  # a run that was stopped for good stays so
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the terms and the optimizers as they were found."""
@@ -160,6 +161,7 @@ class CollapseGuard(Callback):
             "ladder": self.ladder.state_dict(),
             "healthy": self.healthy.state_dict(),
             "warned": self._warned,
+            "stopped": self._stopped,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -168,7 +170,7 @@ class CollapseGuard(Callback):
             watch.load_state_dict(state)
         self.ladder.load_state_dict(state_dict["ladder"])
         self.healthy.load_state_dict(state_dict["healthy"])
-        self._warned = state_dict["warned"]
+        self._warned, self._stopped = state_dict["warned"], state_dict["stopped"]
 
     def _observe(self, step: int, module: Any) -> list[dict[str, Any]]:
         """Take in the figures of a step, and return an event for each signal whose first change is sure by now."""
@@ -186,7 +188,7 @@ class CollapseGuard(Callback):
         if action in ("roll back", "stop"):
             told.append(self.healthy.restore(trainer, min(watch.detector.start for watch in away)))
         if action == "stop":
-            trainer.should_stop = True
+            trainer.should_stop = self._stopped = True
             return f"{told[0]}; stopped"
         self._apply()
         strengths = f"{', '.join(self.terms)} count {self._strength():g} times their weight"
