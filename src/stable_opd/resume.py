@@ -105,7 +105,7 @@ def changes(before: Config, after: Config) -> list[str]:
     from stable_opd.bench.recipes import differences
 
     found = [each for each in differences(before, after) if not _HARMLESS.match(each.partition(":")[0])]
-    return found + differences(*({"trainer": {"callbacks": _guard(each)}} for each in (before, after)))
+    return found + differences(_guard(before), _guard(after), "trainer.callbacks")
 
 
 def _guard(config: Config) -> Config:
