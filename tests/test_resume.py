@@ -236,11 +236,15 @@ def test_last_is_also_what_an_evaluation_evaluates(whole, caplog):
     copied("evaluated")
     for command in ("validate", "predict"):
         main([command, *whole("evaluated")[1:], "--ckpt_path", "null"])
-    assert not [each for each in Path("runs/evaluated").iterdir() if "version_0" not in each.name and checkpoints(each)]
+    assert len(list(Path("runs/evaluated").iterdir())) == 3
     for command in ("validate", "predict"):
         caplog.clear()
         main([command, *whole("evaluated")[1:]])
         assert "version_0 goes on from step 7" in caplog.text
+    main(whole("evaluated"))  # it is finished, so nothing is trained, least of all in the folder of an evaluation
+    assert [each.name for each in Path("runs/evaluated").iterdir() if checkpoints(each / "checkpoints")] == [
+        "version_0"
+    ]
     accept = ["--checkpoint.accept_changes", "true", "--trainer.max_steps", "8"]
     with pytest.warns(UserWarning, match=r"another configuration: .*anchor.init_args.weight"):
         main(whole("evaluated", "--model.constraints.anchor.init_args.weight", "0.2", *accept))

@@ -84,6 +84,18 @@ def test_interrupted_run_goes_on_from_its_last_checkpoint_that_can_be_read(run):
     assert "goes on from step 4" in start.note
 
 
+def test_healthy_states_of_a_guard_are_no_place_to_go_on_from(run):
+    """They are written in the midst of a step, before its evaluation and its metrics."""
+    record = begin(run)
+    log_rows(run, range(9))
+    path = checkpoint(run, 4)
+    (run.folder / "healthy").mkdir()
+    (run.folder / "healthy" / "step=6.ckpt").write_bytes(checkpoint(run, 6).read_bytes())
+    (run.folder / "checkpoints" / "step=6.ckpt").unlink()
+    finish(run, record, "interrupted")
+    assert (plan(run).checkpoint, plan(run).step) == (path, 4)
+
+
 def test_metrics_of_all_attempts_become_one_file(run):
     begin(run)
     log_rows(run, range(5), "a")
