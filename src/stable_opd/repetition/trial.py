@@ -179,14 +179,14 @@ class Trial:
 def answers(rows: Sequence[Sequence[int]], decode: Decode, finish: Finish) -> Rollout:
     """Return texts as if a student had written them, without prompts."""
     lengths = torch.tensor([len(row) for row in rows])
-    whole = partial(torch.full_like, lengths)
+    filled = partial(torch.full_like, lengths)
     return Rollout(
         tokens=torch.tensor([token for row in rows for token in row]),
-        prompt_lengths=whole(0),
+        prompt_lengths=filled(0),
         lengths=lengths,
         prompt=torch.arange(len(rows)),
-        author=whole(int(Author.STUDENT)),
-        finish=whole(int(finish)),
+        author=filled(int(Author.STUDENT)),
+        finish=filled(int(finish)),
         behaviour_logprobs=torch.zeros(int(lengths.sum())),
         token_author=torch.full((int(lengths.sum()),), int(Author.STUDENT)),
         texts=decode(rows),
