@@ -18,13 +18,14 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stable_opd import registry, resume
-from stable_opd.bench.yamls import load
+from stable_opd.bench.yamls import SpecError, load, load_file
 from stable_opd.callbacks import AnswerWriter, OPDProgressBar, RolloutSamples, RunCheckpoint
 from stable_opd.commands import COMMANDS
 from stable_opd.data import PromptDataModule
 from stable_opd.guard import CollapseGuard
 from stable_opd.hints import hints, options
 from stable_opd.module import OPDModule
+from stable_opd.report.text import visible
 
 #: Trainer values that suit on-policy distillation; a YAML may change them.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -45,8 +46,20 @@ class Parser(LightningArgumentParser):
         """Explain and exit with 2; a parser of one possibility among several leaves it to the others."""
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex
-        print(f"stable-opd: error: {message.strip()}", *hints(message, options(self)), sep="\n\n", file=sys.stderr)
+        said = [f"stable-opd: error: {message.strip()}", *hints(message, options(self))]
+        print(*map(visible, said), sep="\n\n", file=sys.stderr)  # a file may hold what turns a terminal round
         sys.exit(2)
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read a file of settings; refuse one that is no mapping or has a key twice, and say in which line."""
+        try:
+            settings = load_file(Path(cfg_path), "a recipe")
+        except SpecError as error:
+            self.error(str(error))
+        if not isinstance(settings, dict):
+            found = "nothing" if settings is None else repr(settings)[:60]
+            self.error(f"Expected `name: value` lines in {cfg_path}, but got {found}. Write a recipe there.")
+        return super().parse_path(cfg_path, *args, **kwargs)
 
 
 class CLI(LightningCLI):
@@ -70,7 +83,7 @@ class CLI(LightningCLI):
                 self._logger().version = place.folder.name
                 # The metrics that it says it will delete are in the checkpoint.
                 warnings.filterwarnings("ignore", message="Experiment logs directory .* is not empty")
-        elif path is not None and os.path.exists(path):
+        elif path is not None:
             resume.check_whole(Path(path))
         self.checkpoint = path
 

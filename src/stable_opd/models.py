@@ -19,6 +19,9 @@ from transformers import (
 
 from stable_opd.testbed import resolve
 
+#: Characters of a library's message that are passed on.
+LONGEST_REASON = 800
+
 #: How the matrices of a model's layers are stored: 4 bits each (QLoRA, arXiv 2305.14314), or 8 (LLM.int8, 2208.07339).
 Quantization = Literal["nf4", "int8"]
 
@@ -35,12 +38,47 @@ def load_model(
             are, and in 4 bits so do matrices whose rows are no multiple of 64. None leaves all as it is.
 
     Raises:
-        ValueError: If the logits are no linear layer of the hidden states, or if the quantization cannot be had.
+        ValueError: If there is no such model, if it brings code of its own, if its weights are not finite, if the
+            logits are no linear layer of the hidden states, or if the quantization cannot be had.
     """
     options = {} if quantization is None else _quantized(resolve(path), dtype, quantization)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=dtype or "auto", **options)
+    loaded = _read("a causal language model", path, AutoModelForCausalLM, dtype=dtype or "auto", **options)
+    model: PreTrainedModel = loaded
     output_head(model)  # a model whose head we cannot follow is refused here and not an hour later
+    broken = next((name for name, each in model.named_parameters() if not is_finite(each)), None)
+    if broken is not None:
+        raise ValueError(
+            f"Expected finite weights in {path!r}, but got nan or infinity in {broken}. Take an earlier checkpoint, or "
+            "fetch the files again."
+        )
     return model
+
+
+def _read(what: str, path: str, loader: Any, **options: Any) -> Any:
+    """Load from a folder or a hub, and never run code that lies there.
+
+    Raises:
+        ValueError: If that cannot be done; the message says why and what to change.
+    """
+    try:
+        # Left open, transformers asks on the terminal whether it may run what it found.
+        return loader.from_pretrained(resolve(path), trust_remote_code=False, **options)
+    except Exception as error:  # whatever a folder or a hub may do, the user must learn which model it was
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"Expected {what} that transformers knows by itself, but {path!r} brings code of its own, which is "
+                "never run. Take a model of a family that is part of transformers, or convert this one to it."
+            ) from error
+        reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
+        raise ValueError(
+            f"Expected {what} in {path!r}, but transformers cannot read it: {reason}. Name a folder that was written "
+            "by save_pretrained, or a hub name."
+        ) from error
+
+
+def is_finite(weights: Tensor) -> bool:
+    """Whether weights are neither nan nor infinite; whole numbers always are. One pass, without a copy."""
+    return not weights.is_floating_point() or bool(weights.detach().sum(dtype=torch.float32).isfinite())
 
 
 def _quantized(path: str, dtype: torch.dtype | None, quantization: Quantization) -> dict[str, Any]:
@@ -55,7 +93,7 @@ def _quantized(path: str, dtype: torch.dtype | None, quantization: Quantization)
     if quantization == "int8":
         options = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        config = AutoConfig.from_pretrained(path)
+        config = _read("the config of a language model", path, AutoConfig)
         options = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -90,7 +128,7 @@ def _left_whole(config: Any) -> list[str]:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that stands beside a model."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(path))
+    tokenizer: PreTrainedTokenizerBase = _read("a tokenizer", path, AutoTokenizer)
     return tokenizer
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from stable_opd.models import is_finite
+
 Config = Mapping[str, Any]
 
 #: Options of the trainer that have a say in what is learnt.
@@ -68,17 +70,31 @@ def check_whole(path: Path) -> None:
     Raises:
         ValueError: If it is not.
     """
+    if not path.exists():
+        raise ValueError(
+            f"Expected a checkpoint on this machine, but there is no {path}. Copy it here, or take --ckpt_path last."
+        )
     file = path / "meta.pt" if path.is_dir() else path  # a sharded strategy writes a folder
     try:
         with zipfile.ZipFile(file) as archive:
             broken = archive.testzip()
-        if broken is None:
-            peek(path)
+        flaw = _flaw(peek(path)) if broken is None else f"the part {broken.partition('/')[2]} is not what was written"
+        if flaw is None:
             return
-        flaw = f"the part {broken.partition('/')[2]} is not what was written"
     except _FLAWS as error:
         flaw = str(error).partition("\n")[0]
     raise ValueError(f"Expected a whole checkpoint of plain values, but got {path}: {flaw}. Go on from an earlier one.")
+
+
+def _flaw(saved: Any) -> str | None:
+    """Return what is wrong with the values of a checkpoint, or None."""
+    state = saved.get("state_dict", {}) if isinstance(saved, dict) else None
+    if not isinstance(state, dict):
+        return "it is no checkpoint of Lightning"
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and not is_finite(value):
+            return f"{name} is not finite"
+    return None
 
 
 def peek(path: Path) -> dict[str, Any]:
