@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
+from stable_opd.bench.yamls import load_file
 from stable_opd.models import load_model, load_tokenizer
+from stable_opd.resume import check_whole, peek
 from stable_opd.students import LoRA, check_adapter, describe_adapter
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -60,7 +61,7 @@ def write_student(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected an empty folder to write to, but got {folder}. Choose another one, or delete it.")
-    path, adapter = _recipe(config or _config_of(checkpoint))
+    path, adapter = read_recipe(config or _config_of(checkpoint))
     saved = _load(checkpoint)
     state: dict[str, Tensor] = saved["state_dict"]
     student = {name.removeprefix("student."): each for name, each in state.items() if name.startswith("student.")}
@@ -105,8 +106,8 @@ def _load(checkpoint: Path) -> dict[str, Any]:
         )
     if not checkpoint.exists():
         raise ValueError(f"Expected a checkpoint file, but there is no {checkpoint}. Look in the run's checkpoints/.")
-    saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    return saved
+    check_whole(checkpoint)
+    return peek(checkpoint)
 
 
 def _config_of(checkpoint: Path) -> Path:
@@ -120,10 +121,20 @@ def _config_of(checkpoint: Path) -> Path:
     )
 
 
-def _recipe(config: Path) -> tuple[str, LoRA | None]:
-    """Return path and adapters of a run's student."""
-    if not config.exists():
-        raise ValueError(f"Expected the config.yaml of a run, but there is no {config}.")
-    model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
-    adapter = model.get("adapter")
-    return model["student"], None if adapter is None else LoRA(**adapter)
+def read_recipe(config: Path) -> tuple[str, LoRA | None]:
+    """Return path and adapters of a run's student.
+
+    Raises:
+        ValueError: If a file is no config.yaml of a run.
+    """
+    found = load_file(config, "the config.yaml of a run")
+    model = found.get("model") if isinstance(found, dict) else None
+    student, adapter = (model.get("student"), model.get("adapter")) if isinstance(model, dict) else (None, None)
+    if not isinstance(student, str) or not isinstance(adapter, dict | None):
+        raise ValueError(f"Expected the config.yaml of a run, but got no model.student in {config}. Name another file.")
+    try:
+        return student, None if adapter is None else LoRA(**adapter)
+    except TypeError as error:
+        raise ValueError(
+            f"Expected the settings of adapters in {config}, but got {error}. Mend model.adapter."
+        ) from error
