@@ -4,8 +4,9 @@
     python -m benchmarks.fuzz --minutes 10
 
 sends mutations of small inputs of our own through each door for so many minutes, one door after the other, guided by
-the code that they reach of this library and of its parsers. Inputs that reach something new are kept in the folder, so the
-same command goes on from there. It prints the tally of all calls that share the folder; what was found is in DOOR.findings.jsonl there.
+the code that they reach of this library and of its parsers. Inputs that reach something new are kept in the folder, so
+the same command goes on from there. It prints the tally of all calls that share the folder; what was found is in
+DOOR.findings.jsonl there.
 """
 
 import argparse
@@ -69,13 +70,11 @@ def table(tally: dict[str, list[dict[str, float]]]) -> str:
     rows = ["| door | minutes | of CPU | inputs tried | edges reached | inputs kept | processes ended | findings |"]
     rows.append("|---|---|---|---|---|---|---|---|")
     for door, calls in tally.items():
-        total = {key: sum(each[key] for each in calls) for key in ("minutes", "cpu", "executed", "stops")}
-        most = max(each["covered"] for each in calls)
-        last = calls[-1]
-        rows.append(
-            f"| {door} | {total['minutes']:.1f} | {total['cpu']:.1f} | {total['executed']:.0f} | {most:.0f} | {last['inputs']:.0f} | "
-            f"{total['stops']:.0f} | {last['findings']:.0f} |"
-        )
+        summed = ("minutes", "cpu", "executed", "stops")
+        minutes, cpu, executed, stops = (sum(each[key] for each in calls) for key in summed)
+        covered, last = max(each["covered"] for each in calls), calls[-1]
+        figures = (f"{minutes:.1f}", f"{cpu:.1f}", executed, covered, last["inputs"], stops, last["findings"])
+        rows.append(f"| {' | '.join([door, *map(str, figures)])} |")
     return "\n".join(rows) + "\n"
 
 
