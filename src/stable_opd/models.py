@@ -38,19 +38,21 @@ def load_model(
             are, and in 4 bits so do matrices whose rows are no multiple of 64. None leaves all as it is.
 
     Raises:
-        ValueError: If there is no such model, if it brings code of its own, if its weights are not finite, if the
-            logits are no linear layer of the hidden states, or if the quantization cannot be had.
+        ValueError: If there is no such model, if it brings code of its own, if weights are missing or not finite, if
+            the logits are no linear layer of the hidden states, or if the quantization cannot be had.
     """
     options = {} if quantization is None else _quantized(resolve(path), dtype, quantization)
-    loaded = _read("a causal language model", path, AutoModelForCausalLM, dtype=dtype or "auto", **options)
-    model: PreTrainedModel = loaded
+    what = "a causal language model"
+    loaded = _read(what, path, AutoModelForCausalLM, dtype=dtype or "auto", output_loading_info=True, **options)
+    model: PreTrainedModel = loaded[0]
     output_head(model)  # a model whose head we cannot follow is refused here and not an hour later
-    broken = next((name for name, each in model.named_parameters() if not is_finite(each)), None)
-    if broken is not None:
-        raise ValueError(
-            f"Expected finite weights in {path!r}, but got nan or infinity in {broken}. Take an earlier checkpoint, or "
-            "fetch the files again."
-        )
+    _check_weights(model, path, sorted(loaded[1]["missing_keys"]))
+    layer: Any
+    for layer in model.modules():
+        # On a CPU with the instructions avx512_bf16, bitsandbytes 0.50.2 repacks a layer the first time that it is not
+        # in training mode, for a product in bfloat16 that has no gradient, and keeps it so when the training goes on.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -74,6 +76,17 @@ def _read(what: str, path: str, loader: Any, **options: Any) -> Any:
             f"Expected {what} in {path!r}, but transformers cannot read it: {reason}. Name a folder that was written "
             "by save_pretrained, or a hub name."
         ) from error
+
+
+def _check_weights(model: PreTrainedModel, path: str, missing: list[str]) -> None:
+    """Refuse weights that are not there, which transformers draws at random, or that are no numbers."""
+    broken = [name for name, each in model.named_parameters() if not is_finite(each)]
+    found = f"none for {', '.join(missing[:3])}" if missing else f"nan or infinity in {', '.join(broken[:3])}"
+    if missing or broken:
+        raise ValueError(
+            f"Expected finite weights of the whole model in {path!r}, but got {found}. Take an earlier checkpoint, or "
+            "fetch the files again."
+        )
 
 
 def is_finite(weights: Tensor) -> bool:
