@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from stable_opd import registry, resume
+from stable_opd import registry, resume, secrets
 from stable_opd.bench.yamls import SpecError, load, load_file
 from stable_opd.callbacks import AnswerWriter, OPDProgressBar, RolloutSamples, RunCheckpoint
 from stable_opd.commands import COMMANDS
@@ -72,6 +72,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find where a run goes on: its logger has to write into the folder of that run."""
         self.record: resume.Config = load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        secrets.check(self.record)
         options = self.config[self.subcommand]
         path = options.ckpt_path
         if path is None and self.subcommand == "fit" and int(os.environ.get("SLURM_RESTART_COUNT", 0)):

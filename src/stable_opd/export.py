@@ -72,7 +72,7 @@ def write_student(
     elif adapter_alone:
         raise ValueError(f"Expected a run with model.adapter, but {checkpoint} holds all weights. Leave out --adapter.")
     else:
-        model.load_state_dict(student)
+        _fill(model, student, path)
     if dtype is not None:
         model.to(dtype)
     if not adapter_alone:
@@ -94,8 +94,27 @@ def _adapted(model: Any, adapter: LoRA, weights: dict[str, Tensor], alone: bool)
     if adapter.quantization is not None and not alone:
         model = model.dequantize(model.dtype)
     wrapped: Any = get_peft_model(model, adapter.config())
-    wrapped.base_model.model.load_state_dict(weights, strict=False)  # the base is not among them
+    _fill(wrapped.base_model.model, weights, "a student with such adapters", adapters=True)
     return wrapped if alone else wrapped.merge_and_unload()
+
+
+def _fill(model: Any, weights: dict[str, Tensor], what: str, adapters: bool = False) -> None:
+    """Give a model its weights; the base of adapters is not among them.
+
+    Raises:
+        ValueError: If they are those of another model.
+    """
+    try:
+        missing, unknown = model.load_state_dict(weights, strict=False)
+        other = [*unknown, *(name for name in missing if not adapters or ".lora_" in name)]
+        why = f"others: {', '.join(other[:3])}"
+    except RuntimeError as error:
+        other, why = ["shapes"], " ".join(str(error).split())[:300]
+    if other:
+        raise ValueError(
+            f"Expected a checkpoint with the weights of {what}, but got {why}. Name the config.yaml of its run with "
+            "--config."
+        )
 
 
 def _load(checkpoint: Path) -> dict[str, Any]:
