@@ -12,7 +12,6 @@ DOOR.findings.jsonl there.
 import argparse
 import json
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -25,44 +24,36 @@ from benchmarks.runs import ROOT, versions
 #: Seconds and MiB that one input may take.
 PATIENCE, MEMORY = 20, 4096
 
-_DONE = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
-_COVERED = re.compile(r"cov: (\d+) ft: (\d+)")
 
-
-def fuzz(door: str, minutes: float, folder: Path) -> dict[str, float]:
+def fuzz(target: "subprocess.Popen[str]", door: str, minutes: float, folder: Path) -> dict[str, float]:
     """Fuzz one door, again after each input that ended the process, and return what it came to."""
-    end, executed, covered, stops = time.monotonic() + 60 * minutes, 0, 0, 0
     inputs, findings, log = folder / door, folder / f"{door}.findings.jsonl", folder / f"{door}.log"
-    start, used = time.monotonic(), _cpu()
-    while (left := end - time.monotonic()) > 1:
+    tally = dict.fromkeys(("cpu", "executed", "covered", "stops"), 0.0)
+    start = time.monotonic()
+    while (left := start + 60 * minutes - time.monotonic()) > 1:
         options = [f"-max_total_time={int(left)}", f"-timeout={PATIENCE}", f"-rss_limit_mb={MEMORY}", "-max_len=8192"]
         options += ["-print_final_stats=1", f"-artifact_prefix={folder / door}-", str(inputs)]
-        command = [sys.executable, "-m", "benchmarks.fuzz.target", door, str(findings), *options]
-        with log.open("w", encoding="utf-8") as file:
-            status = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        told = _ask(target, {"door": door, "findings": str(findings), "log": str(log), "options": options})
         said = log.read_text(encoding="utf-8", errors="replace")
-        executed += max(map(int, [*_DONE.findall(said), *re.findall(r"^#(\d+)", said, re.MULTILINE)]), default=0)
-        covered = max([covered, *(int(each) for each, _ in _COVERED.findall(said))])
-        if status == 0:
+        tally["cpu"] += told["seconds"] / 60
+        tally["executed"] += max(map(int, re.findall(r"^#(\d+)", said, re.MULTILINE)), default=0)
+        tally["covered"] = max([tally["covered"], *(int(each) for each in re.findall(r"cov: (\d+) ft:", said))])
+        if told["status"] == 0:
             break
-        stops += 1
-        if not _COVERED.search(said):
-            raise RuntimeError(f"Expected the fuzzer of {door} to start, but got {status}. See {log}.")
-    return {
-        "minutes": (time.monotonic() - start) / 60,
-        "cpu": (_cpu() - used) / 60,
-        "executed": executed,
-        "covered": covered,
-        "inputs": sum(1 for _ in inputs.iterdir()),
-        "stops": stops,
-        "findings": len(findings.read_text(encoding="utf-8").splitlines()) if findings.exists() else 0,
-    }
+        tally["stops"] += 1
+        if not tally["executed"]:
+            raise RuntimeError(f"Expected the fuzzer of {door} to start, but got {told['status']}. See {log}.")
+    found = len(findings.read_text(encoding="utf-8").splitlines()) if findings.exists() else 0
+    kept = sum(1 for _ in inputs.iterdir())
+    return {"minutes": (time.monotonic() - start) / 60, **tally, "inputs": kept, "findings": found}
 
 
-def _cpu() -> float:
-    """Return the seconds that ended processes have computed."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def _ask(target: "subprocess.Popen[str]", what: dict[str, object]) -> dict[str, float]:
+    assert target.stdin is not None
+    assert target.stdout is not None
+    print(json.dumps(what), file=target.stdin, flush=True)
+    told: dict[str, float] = json.loads(target.stdout.readline())
+    return told
 
 
 def table(tally: dict[str, list[dict[str, float]]]) -> str:
@@ -70,11 +61,11 @@ def table(tally: dict[str, list[dict[str, float]]]) -> str:
     rows = ["| door | minutes | of CPU | inputs tried | edges reached | inputs kept | processes ended | findings |"]
     rows.append("|---|---|---|---|---|---|---|---|")
     for door, calls in tally.items():
-        summed = ("minutes", "cpu", "executed", "stops")
-        minutes, cpu, executed, stops = (sum(each[key] for each in calls) for key in summed)
-        covered, last = max(each["covered"] for each in calls), calls[-1]
-        figures = (f"{minutes:.1f}", f"{cpu:.1f}", executed, covered, last["inputs"], stops, last["findings"])
-        rows.append(f"| {' | '.join([door, *map(str, figures)])} |")
+        minutes, cpu = (f"{sum(each[key] for each in calls):.1f}" for key in ("minutes", "cpu"))
+        executed, stops = (int(sum(each[key] for each in calls)) for key in ("executed", "stops"))
+        covered, last = int(max(each["covered"] for each in calls)), calls[-1]
+        figures = (door, minutes, cpu, executed, covered, last["inputs"], stops, last["findings"])
+        rows.append(f"| {' | '.join(map(str, figures))} |")
     return "\n".join(rows) + "\n"
 
 
@@ -89,10 +80,12 @@ def main() -> None:
     seeds.write(folder)
     path = folder / "tally.json"
     tally = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for door in chosen.doors:
-        tally.setdefault(door, []).append(fuzz(door, chosen.minutes, folder))
-        path.write_text(json.dumps(tally), encoding="utf-8")
-        print(table({door: tally[door]}), flush=True)
+    command = [sys.executable, "-m", "benchmarks.fuzz.target"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as target:
+        for door in chosen.doors:
+            tally.setdefault(door, []).append(fuzz(target, door, chosen.minutes, folder))
+            path.write_text(json.dumps(tally), encoding="utf-8")
+            print(table({door: tally[door]}), flush=True)
     print(table(tally), versions(), sep="\n")
 
 

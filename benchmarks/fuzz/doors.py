@@ -55,10 +55,8 @@ class Finding(Exception):
         frames = traceback.extract_tb(error.__traceback__)
         mine = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
         places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in (*mine[-1:], frames[-1])]
-        super().__init__(
-            f"{type(error).__name__} at {' in '.join(dict.fromkeys(reversed(places)))}: {str(error)[:200]}"
-        )
         self.name = f"{type(error).__name__} at {places[0]}"
+        super().__init__(f"{self.name}, raised at {places[-1]}: {str(error)[:200]}")
 
 
 def enter(name: str, data: bytes) -> bool:

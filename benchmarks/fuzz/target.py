@@ -1,7 +1,7 @@
-"""The process that fuzzes one door; started by `python -m benchmarks.fuzz`.
+"""The process that fuzzes doors, each in a copy of itself; started by `python -m benchmarks.fuzz`.
 
-Findings go to a file, each once, and fuzzing goes on; only a hang, memory without bound and the end of the process stop
-it.
+It reads a line of JSON for each, and answers with one. Findings go to a file, each once, and fuzzing goes on; only a
+hang, memory without bound and the end of the process stop it.
 """
 
 import json
@@ -11,11 +11,28 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["stable_opd", "yaml", "jsonargparse"]):
+with atheris.instrument_imports(include=["stable_opd", "yaml"]):
     from benchmarks.fuzz.doors import Finding, enter
 
 
-def main(door: str, findings: Path, options: list[str]) -> None:
+def serve() -> None:
+    """Fuzz doors until there is nobody who asks."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    for line in sys.stdin:
+        asked = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            fuzz(asked["door"], Path(asked["findings"]), asked["options"])
+        _, status, used = os.wait4(pid, 0)
+        told = {"status": os.waitstatus_to_exitcode(status), "seconds": used.ru_utime + used.ru_stime}
+        print(json.dumps(told), file=answers, flush=True)
+
+
+def fuzz(door: str, findings: Path, options: list[str]) -> None:
     """Fuzz a door until libFuzzer has had enough; it ends the process.
 
     Args:
@@ -23,8 +40,6 @@ def main(door: str, findings: Path, options: list[str]) -> None:
         findings: JSONL file for what is found.
         options: Those of libFuzzer, and folders of inputs.
     """
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)  # libFuzzer reports on the other one
     known = set()
     if findings.exists():
         known = {json.loads(line)["name"] for line in findings.read_text(encoding="utf-8").splitlines()}
@@ -43,4 +58,4 @@ def main(door: str, findings: Path, options: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    serve()
