@@ -59,6 +59,9 @@ class Parser(LightningArgumentParser):
         if not isinstance(settings, dict):
             found = "nothing" if settings is None else repr(settings)[:60]
             self.error(f"Expected `name: value` lines in {cfg_path}, but got {found}. Write a recipe there.")
+        for key in settings:  # one without settings of its own would be passed over
+            if key not in {each.partition(".")[0] for each in options(self)}:
+                self.error(f"Option '{key}' is not accepted")
         return super().parse_path(cfg_path, *args, **kwargs)
 
 
