@@ -21,7 +21,7 @@ from stable_opd.bench.spec import read
 
 MANY = os.environ.get("FUZZ_EXAMPLES")
 #: Inputs for each test; those doors behind which a process or a whole parser stands get fewer.
-EXAMPLES, SLOW = int(MANY or 300), {"recipe": 8, "mathematics": 8, "examples": 2, "answers": 2, "metrics": 2}
+EXAMPLES, SLOW = int(MANY or 120), {"recipe": 16, "mathematics": 8, "examples": 2, "answers": 2, "metrics": 2}
 
 SEEDS = seeds()
 NASTY = (
