@@ -31,6 +31,10 @@ class Processes:
         total: Tensor = self.trainer.strategy.reduce(local, reduce_op="sum")
         return total
 
+    def some(self, local: bool) -> bool:
+        """Return whether it is so on some process."""
+        return self.trainer.strategy.reduce_boolean_decision(local, all=False)
+
     def gather(self, values: Tensor) -> Tensor:
         """Put the values of all processes one after the other, (n,) -> (m,); n may be 0, and differ."""
         return torch.cat(gather_all_tensors(values)) if self.count > 1 else values
