@@ -158,7 +158,8 @@ def _log_probs(case: Case, readings: list[list[Reading]]) -> tuple[dict[str, Ten
                     found[MODELS[number]][group.places] = given
                     counts[number] += torch.stack([wrong.sum(), wrong.new_tensor(len(wrong), dtype=torch.long)])
     model.train(learning)
-    return {name: each for name, each in found.items() if not each.isnan().all() or name == "student"}, counts
+    asked = dict(zip(MODELS, counts[:, 1].bool().tolist(), strict=True))
+    return {name: each for name, each in found.items() if asked[name]}, counts
 
 
 def _read(model: HiddenStates, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,10 +187,9 @@ def _named(broken: list[str], found: Study) -> str:
     said = [f"a loss that is not finite ({', '.join(losses)})"] if losses else []
     if "grad_norm" in broken:
         said.append(f"a gradient that is not finite ({', '.join(gradients) or 'that of all terms together'})")
-    blamed = [
-        f"the {name} gave {wrong} of {count} tokens none" for name, (wrong, count) in found.wrong.items() if wrong
-    ]
-    return " and ".join(said) + (f"; asked for log-probs, {', '.join(blamed)}" if blamed else "")
+    counts = [(name, wrong, count) for name, (wrong, count) in found.wrong.items() if wrong]
+    blamed = [f"the {name} gave {wrong} of {count} tokens no log-prob" for name, wrong, count in counts]
+    return "; ".join([" and ".join(said), *blamed])
 
 
 def _refusal(what: str, found: Study, step: int, skipped: int) -> str:
