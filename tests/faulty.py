@@ -1,10 +1,16 @@
-"""A callback that plants a fault in some steps; spawned processes must be able to import it."""
+"""Callbacks that plant a fault in some steps; spawned processes must be able to import them."""
 
+import json
 import os
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+
+from stable_opd import Author, Finish
+from stable_opd.types import Plan
 
 NAN = float("nan")
 
@@ -68,3 +74,52 @@ class Fault(Callback):
     @torch.no_grad()
     def _set(model, value) -> None:
         next(model.parameters())[0, 0] = value
+
+
+class Uneven(Callback):
+    """Leaves the second of two processes little to learn from, or one process with the same prompts.
+
+    Args:
+        kind: What becomes of these prompts' rows: ``none`` are written, ``golden`` ones alone are (and of the other
+            prompts none), or they are all ``cut`` or ``masked``.
+        place: File in which the two processes leave the prompts for the one.
+    """
+
+    def __init__(self, kind: str, place: str) -> None:
+        self.kind, self.place = kind, Path(place)
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        self.trainer = trainer
+        plan, write = pl_module.mixture.plan, pl_module.write
+        pl_module.mixture.plan = lambda prompts, *given: self._planned(plan(prompts, *given), prompts)
+        pl_module.write = lambda prompts, plan, *given, **named: self._cut(write(prompts, plan, *given, **named))
+        pl_module.repetition.register_forward_hook(self._masked)
+
+    def _planned(self, plan, prompts):
+        if self.trainer.world_size == 1:
+            known = json.loads(self.place.read_text())
+            self.chosen = [place for place, index in enumerate(prompts.index) if index in known]
+        else:
+            self.chosen = list(range(len(prompts))) if self.trainer.global_rank else []
+            if self.trainer.global_rank:
+                before = json.loads(self.place.read_text()) if self.place.exists() else []
+                self.place.write_text(json.dumps([*before, *prompts.index]))
+        rows = list(zip(plan.prompt, plan.author, strict=True))
+        if self.kind == "none":
+            rows = [(prompt, author) for prompt, author in rows if prompt not in self.chosen]
+        if self.kind == "golden":
+            rows = [(prompt, author) for prompt, author in rows if (author == Author.GOLDEN) == (prompt in self.chosen)]
+        return Plan([prompt for prompt, _ in rows], [author for _, author in rows])
+
+    def _mine(self, rollout):
+        self.rows = torch.isin(rollout.prompt, torch.tensor(self.chosen))
+        return self.rows
+
+    def _cut(self, rollout):
+        mine = self._mine(rollout)
+        finish = rollout.finish.masked_fill(mine, int(Finish.LENGTH)) if self.kind == "cut" else rollout.finish
+        return replace(rollout, finish=finish)
+
+    def _masked(self, _, inputs, found):
+        more = self.rows[inputs[0].row] if self.kind == "masked" else torch.zeros_like(found.in_loop)
+        return found._replace(in_loop=found.in_loop | more)

@@ -252,7 +252,8 @@ class OPDModule(LightningModule):
         moment, processes = Moment(self.progress, self.global_step), Processes(self.trainer)
         with watch("score"):
             work = self.learner.arrange(rollout, repetition, moment, processes)
-        tally = Tally(work.shares, self.device, self.learner.compares_models and Author.STUDENT in plan.author)
+        compares = self.learner.compares_models and processes.some(Author.STUDENT in plan.author)
+        tally = Tally(work.shares, self.device, compares)
         comparison = self.learner.compare(work, self.manual_backward, processes, moment)
         self.learner.learn(work, tally, watch, self.manual_backward, processes)
         with watch("update"):
