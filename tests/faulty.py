@@ -80,8 +80,8 @@ class Uneven(Callback):
     """Leaves the second of two processes little to learn from, or one process with the same prompts.
 
     Args:
-        kind: What becomes of these prompts' rows: ``none`` are written, ``golden`` ones alone are (and of the other
-            prompts none), or they are all ``cut`` or ``masked``.
+        kind: What becomes of these prompts' rows: they are ``empty``, ``cut`` or ``masked``, or only ``golden`` ones
+            stay, and of the other prompts none of these.
         place: File in which the two processes leave the prompts for the one.
     """
 
@@ -105,8 +105,6 @@ class Uneven(Callback):
                 before = json.loads(self.place.read_text()) if self.place.exists() else []
                 self.place.write_text(json.dumps([*before, *prompts.index]))
         rows = list(zip(plan.prompt, plan.author, strict=True))
-        if self.kind == "none":
-            rows = [(prompt, author) for prompt, author in rows if prompt not in self.chosen]
         if self.kind == "golden":
             rows = [(prompt, author) for prompt, author in rows if (author == Author.GOLDEN) == (prompt in self.chosen)]
         return Plan([prompt for prompt, _ in rows], [author for _, author in rows])
@@ -117,9 +115,27 @@ class Uneven(Callback):
 
     def _cut(self, rollout):
         mine = self._mine(rollout)
+        if self.kind == "empty":
+            return _emptied(rollout, mine)
         finish = rollout.finish.masked_fill(mine, int(Finish.LENGTH)) if self.kind == "cut" else rollout.finish
         return replace(rollout, finish=finish)
 
     def _masked(self, _, inputs, found):
         more = self.rows[inputs[0].row] if self.kind == "masked" else torch.zeros_like(found.in_loop)
         return found._replace(in_loop=found.in_loop | more)
+
+
+def _emptied(rollout, mine):
+    """Return the rollout with rows that have no completion token."""
+    kept = ~mine[rollout.row]
+    sizes = torch.stack([rollout.prompt_lengths, rollout.lengths], 1).flatten().tolist()
+    parts = rollout.tokens.split(sizes)
+    gone = [place % 2 == 1 and bool(mine[place // 2]) for place in range(len(parts))]
+    return replace(
+        rollout,
+        tokens=torch.cat([part for part, without in zip(parts, gone, strict=True) if not without]),
+        lengths=rollout.lengths.masked_fill(mine, 0),
+        behaviour_logprobs=rollout.behaviour_logprobs[kept],
+        token_author=rollout.token_author[kept],
+        texts=["" if without else text for text, without in zip(rollout.texts, mine.tolist(), strict=True)],
+    )

@@ -19,7 +19,7 @@ from stable_opd.resume import checkpoints, step_of
 
 #: What is left out of the rows of one process, and with which settings.
 UNEVEN = {
-    "none": [],
+    "empty": [],
     "golden": ["--model.mixture", "GoldenMixture"],
     "cut": ["--model.policies.truncated", "drop"],
     "masked": ["--model.policies.loops", "mask"],
