@@ -1,5 +1,6 @@
 """What the processes of a run have to agree on."""
 
+import subprocess
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -52,3 +53,18 @@ class Processes:
         if last or not isinstance(strategy, ParallelStrategy):
             return nullcontext()
         return strategy.block_backward_sync()
+
+
+def end_launched(trainer: Trainer, patience: float = 3.0) -> None:
+    """End the processes that this one has launched; one that hangs would keep the device and the terminal for ever.
+
+    Args:
+        trainer: Of this process, which ends too.
+        patience: Seconds in which they may end by themselves and say why.
+    """
+    for each in getattr(trainer.strategy.launcher, "procs", []):
+        if isinstance(each, subprocess.Popen):
+            try:
+                each.wait(patience)
+            except subprocess.TimeoutExpired:
+                each.kill()

@@ -21,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from stable_opd.processes import end_launched
 from stable_opd.resume import changes, checkpoint_path, checkpoints, peek, refusal, step_of
 from stable_opd.skips import NonFiniteError
 
@@ -117,6 +118,7 @@ class RunCheckpoint(Checkpoint):
             return
         if trainer.world_size > 1 and not isinstance(exception, NonFiniteError):
             exception.add_note(_alone(trainer, exception))
+            end_launched(trainer)
             return
         if self._began is None or not _untouched(trainer, self._began):
             return
