@@ -43,6 +43,7 @@ from stable_opd.stopwatch import Stopwatch
 from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
+from stable_opd.teachers.base import check_served
 from stable_opd.terminal import SEPARATE, SemanticClass, StopRule, TerminalIds, TerminalPolicy, announce
 from stable_opd.terms import LossTerm, check_term_names
 from stable_opd.types import Author, Plan, Prompts, Rollout
@@ -157,6 +158,8 @@ class OPDModule(LightningModule):
         if any(term.needs_reference or term.keeps_reference for term in self.objective.terms.values()):
             # Before a checkpoint is restored: the reference is the initial student.
             self.readers.keep_reference(self.student, adapted=self.adapter is not None)
+        looking = [name for name, each in self.weighting.items() if cast(Weighting, each).needs_scores]
+        check_served(self.readers.teacher, self.objective.terms, looking)
         self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
         if self.mixture.needs_writing_teacher or self.mixture.blends:
             _ = self.readers.teacher.language_model  # refuses if it cannot write
