@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is not finite: they are skipped and counted, and the batch is kept for study."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,8 +17,8 @@ from stable_opd.learning import Learner, Moment, Work
 from stable_opd.models import output_head
 from stable_opd.objective import Reading
 from stable_opd.processes import Processes
-from stable_opd.scoring import HiddenStates, body
-from stable_opd.streaming import scores, tiles
+from stable_opd.scoring import HiddenStates, Opinion, body
+from stable_opd.streaming import opinion, tiles
 from stable_opd.types import Rollout
 
 #: The folder in that of the run.
@@ -152,9 +152,10 @@ def _log_probs(case: Case, readings: list[list[Reading]]) -> tuple[dict[str, Ten
         for group, reading in zip(piece.groups, answers, strict=True):
             own = HiddenStates(states[start : start + len(group.places)], head, learner.rule.student)
             start += len(group.places)
+            tokens = group.evidence.tokens
             for number, each in enumerate((own, reading.teacher, reading.reference)):
                 if each is not None:
-                    given, wrong = _read(each, group.evidence.tokens)
+                    given, wrong = _read(MODELS[number], each, tokens, tiles(len(tokens), own))
                     found[MODELS[number]][group.places] = given
                     counts[number] += torch.stack([wrong.sum(), wrong.new_tensor(len(wrong), dtype=torch.long)])
     model.train(learning)
@@ -162,14 +163,16 @@ def _log_probs(case: Case, readings: list[list[Reading]]) -> tuple[dict[str, Ten
     return {name: each for name, each in found.items() if asked[name]}, counts
 
 
-def _read(model: HiddenStates, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _read(name: str, model: Opinion, tokens: Tensor, places: Iterable[slice]) -> tuple[Tensor, Tensor]:
     """Return a model's log-probs of tokens, and whether it failed to give any there, (n,) each."""
     given, wrong = [], []
     with torch.autocast(tokens.device.type, enabled=False):  # precision is decided by the dtypes that arrive
-        for tile in tiles(len(tokens), model):
-            seen = scores("student", model, tile, tokens[tile])[0]
+        for tile in places:
+            seen = opinion(name, model, tile, tokens[tile])
             given.append(seen.sampled)
-            wrong.append(~seen.sampled.isfinite() | seen.logprobs.isnan().any(-1))
+            wrong.append(~seen.sampled.isfinite())
+            if seen.whole:
+                wrong[-1] |= seen.logprobs.isnan().any(-1)
     return torch.cat(given), torch.cat(wrong)
 
 

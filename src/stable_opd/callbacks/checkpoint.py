@@ -117,10 +117,15 @@ class RunCheckpoint(Checkpoint):
         if not isinstance(exception, Exception) or trainer.state.fn != TrainerFn.FITTING:
             return
         if trainer.world_size > 1 and not isinstance(exception, NonFiniteError):
-            exception.add_note(_alone(trainer, exception))
+            if isinstance(exception, torch.distributed.DistError) or "gloo" in str(exception):
+                exception.add_note(
+                    f"Process {trainer.global_rank} of {trainer.world_size} ends. It was waiting for another one, "
+                    "which has ended or does not answer: see what that one says. The same command goes on from the "
+                    "last checkpoint with --ckpt_path last."
+                )
             end_launched(trainer)
             return
-        if self._began is None or not _untouched(trainer, self._began):
+        if self._began is None or self._folder(trainer) is None or not _untouched(trainer, self._began):
             return
         self._between_steps = True
         try:
@@ -326,13 +331,6 @@ def _untouched(trainer: Trainer, step: int) -> bool:
     """Return whether the optimizer has neither taken nor begun to take the step after so many."""
     steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
     return trainer.global_step == step and steps.ready == steps.completed
-
-
-def _alone(trainer: Trainer, error: Exception) -> str:
-    text = f"Process {trainer.global_rank} of {trainer.world_size} ends. "
-    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-        text += "It was waiting for another one, which has ended or does not answer: see what that one says. "
-    return text + "The same command goes on from the last checkpoint with --ckpt_path last."
 
 
 def _requeue() -> None:
