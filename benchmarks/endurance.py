@@ -139,9 +139,8 @@ def trend(steps: Array, values: Array) -> Trend:
     spread = 1.96 * np.sqrt(samples * (samples - 1) * (2 * samples + 5) / 18)
     low, high = int(max((count - spread) / 2, 0)), int(min((count + spread) / 2, count - 1))
     length = steps[-1] - steps[0]
-    return Trend(
-        float(np.median(values)), *(float(each) * length for each in (np.median(slopes), slopes[low], slopes[high]))
-    )
+    ends = (float(each * length) for each in (np.median(slopes), slopes[low], slopes[high]))
+    return Trend(float(np.median(values)), *ends)
 
 
 def main() -> None:
