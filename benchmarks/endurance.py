@@ -4,7 +4,7 @@
 
 runs `stable-opd fit` on the embedded testbed for 2000 steps, with the whole recipe and all callbacks that a run has by
 itself, and looks at its own process after every evaluation. The table and the picture go to
-benchmarks/results/reliability/. It takes about a quarter of an hour on one core.
+benchmarks/results/reliability/. It takes some ten minutes on one core.
 """
 
 import argparse
