@@ -257,7 +257,7 @@ def test_an_error_once_the_optimizer_has_begun_saves_nothing(what, whole):
 def test_files_of_batches_do_not_fill_a_disk(run, monkeypatch):
     monkeypatch.setattr(skips, "KEPT", 1)
     said = run("many", "gradient", [2, 4])
-    assert re.match(r"Step 4 is skipped.*could not be kept: there are 1 in .* already", said[1])
+    assert re.match(r"Step 4 is skipped.*The batch is not kept: there are 1 in .* already", said[1])
     assert [path.name for path in (folder("many") / "skipped").iterdir()] == ["step=2-process=0.safetensors"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -104,8 +105,12 @@ class Skips(nn.Module):
         stops, step = self.in_a_row >= self.most, case.moment.step
         if stops or self.in_a_row == 0:
             found = study(case, processes)
-            path = _save(case, found, processes) if self.in_a_row == 0 else None
-            what = f"{_named(broken, found)}. {_kept(path, processes)}"
+            run = processes.trainer.log_dir  # processes agree on it, so all of them ask
+            folder = None if run is None else Path(run) / FOLDER
+            kept = f"The first such batch is in {folder}."
+            if self.in_a_row == 0:
+                kept = _save(case, found, folder, processes.trainer.global_rank)
+            what = f"{_named(broken, found)}. {kept}"
             if stops:
                 raise NonFiniteError(_refusal(what, found, step, self.in_a_row))
             rank_zero_warn(f"Step {step} is skipped, because of {what}")
@@ -204,27 +209,14 @@ def _refusal(what: str, found: Study, step: int, skipped: int) -> str:
     )
 
 
-def _kept(path: Path | str | None, processes: Processes) -> str:
-    if isinstance(path, str):
-        return f"The batch could not be kept: {path}."
-    folder = _folder(processes)
-    return "" if folder is None else f"The batch is in {path}." if path else f"The first such batch is in {folder}."
-
-
-def _folder(processes: Processes) -> Path | None:
-    run = processes.trainer.log_dir  # processes agree on it, so all of them ask
-    return None if run is None else Path(run) / FOLDER
-
-
-def _save(case: Case, found: Study, processes: Processes) -> Path | str | None:
-    """Write this process's part of the batch; return where, or why it could not be written."""
-    folder, rank = _folder(processes), processes.trainer.global_rank
+def _save(case: Case, found: Study, folder: Path | None, rank: int) -> str:
+    """Write this process's part of the batch; return where it is, or why it could not be written, in words."""
     if folder is None:
-        return None
+        return "The batch is not kept, as the run has no folder."
     path = folder / f"step={case.moment.step}-process={rank}.safetensors"
     others = [each for each in folder.glob(f"*-process={rank}.safetensors") if each != path]
     if len(others) >= KEPT:
-        return f"there are {KEPT} in {folder} already"
+        return f"The batch is not kept: there are {KEPT} in {folder} already."
     tensors = {f.name: getattr(case.rollout, f.name) for f in fields(case.rollout) if f.name != "texts"}
     tensors |= {"index": torch.tensor(case.index)}
     tensors |= {f"logprobs/{name}": each for name, each in found.logprobs.items()}
@@ -239,9 +231,9 @@ def _save(case: Case, found: Study, processes: Processes) -> Path | str | None:
             path,
             {"about": json.dumps(about)},
         )
-    except OSError as error:
-        return str(error)
-    return path
+    except (OSError, SafetensorError) as error:  # the latter on a full disk
+        return f"The batch could not be kept: {error}."
+    return f"The batch is in {path}."
 
 
 @contextmanager
