@@ -2,10 +2,14 @@
 
 import codecs
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+#: Bytes at the end of a file in which its last line is looked for.
+LONGEST = 2**20
 
 #: Bytes of the longest line that is read as an example: a thousand times a long solution.
 LONGEST_LINE = 2**26
@@ -22,12 +26,12 @@ def read_objects(path: Path) -> Iterator[dict[str, Any]]:
     if start == b"[":
         yield from _listed(path)
         return
-    for number, line in _lines(path):
+    for number, line in _raw_lines(path):
         if line.strip():
             yield _object(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
@@ -99,10 +103,31 @@ def write_records(path: Path, step: int, records: Iterable[Mapping[str, Any]]) -
 
     A run that is resumed in its folder so writes no record twice.
     """
+    if _last_step(path) < step:  # as always, but where a run was resumed; so the time does not grow with the file
+        with path.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(_lines(records))
+        return
     earlier = [record for record in read_records(path) if record["step"] < step]
-    lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in (*earlier, *records)]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Through a file beside it, so that a run that is killed here leaves the old one.
     draft = path.with_suffix(".part")
-    draft.write_text("".join(lines), encoding="utf-8", errors="replace")
+    draft.write_text(_lines([*earlier, *records]), encoding="utf-8", errors="replace")
     draft.replace(path)
+
+
+def _lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+
+
+def _last_step(path: Path) -> float:
+    """Return the step of the last line; infinity if there is none, or none that is whole."""
+    if not path.is_file():
+        return math.inf
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST))
+        *_, last, rest = [b"", *file.read().split(b"\n")]
+    try:
+        step = json.loads(last)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return math.inf if rest or not isinstance(step, int) else step
