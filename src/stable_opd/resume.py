@@ -76,7 +76,11 @@ def check_whole(path: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             packed = next((each.filename for each in archive.infolist() if each.compress_type), None)
             broken = packed or archive.testzip()  # no checkpoint is compressed; unpacked, it could be of any size
-        flaw = _flaw(peek(path)) if broken is None else f"the part {broken.partition('/')[2]} is not what was written"
+        flaw = (
+            _flaw(peek(path), path.is_dir())
+            if broken is None
+            else f"the part {broken.partition('/')[2]} is not what was written"
+        )
         if flaw is None:
             return
     except Exception as error:  # a file can be wrong in any way
@@ -84,11 +88,12 @@ def check_whole(path: Path) -> None:
     raise ValueError(f"Expected a whole checkpoint of plain values, but got {path}: {flaw}. Go on from an earlier one.")
 
 
-def _flaw(saved: Any) -> str | None:
-    """Return what is wrong with the values of a checkpoint, or None."""
-    if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
+def _flaw(saved: Any, sharded: bool) -> str | None:
+    """Return what is wrong with the values of a checkpoint, or None; the weights of a sharded one lie elsewhere."""
+    state = (saved.get("state_dict") or ({} if sharded else None)) if isinstance(saved, dict) else None
+    if not isinstance(state, dict):
         return "it is no checkpoint of Lightning"
-    for name, value in saved["state_dict"].items():
+    for name, value in state.items():
         if name.startswith("student.") and isinstance(value, torch.Tensor) and not is_finite(value):
             return f"{name} is not finite"
     return None

@@ -265,6 +265,16 @@ def test_a_file_of_something_else_is_no_checkpoint(state, tmp_path):
         check_whole(tmp_path / "a.ckpt")
 
 
+def test_of_a_sharded_checkpoint_the_description_is_looked_at(tmp_path):
+    folder = tmp_path / "last-step=1.ckpt"
+    folder.mkdir()
+    torch.save({"global_step": 1}, folder / "meta.pt")
+    check_whole(folder)
+    (folder / "meta.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="Expected a whole checkpoint"):
+        check_whole(folder)
+
+
 EXPORTS = {
     "other sizes": ({"student": "other"}, {}, "size mismatch"),
     "other names": ({"student": "student"}, {"student.unknown": torch.ones(1)}, "got others: unknown"),
