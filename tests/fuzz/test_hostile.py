@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -338,3 +339,15 @@ def test_parquet_that_is_cut_says_so_in_few_words(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"(?s)Could not read examples from .*cut\.parquet"):
         read_source(Source(str(tmp_path / "cut.parquet")))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), 1e308])
+def test_numbers_without_an_end_are_written_and_are_no_grades(value):
+    from stable_opd.report.answers import answers
+    from stable_opd.report.runs import Curves, Run
+    from stable_opd.report.text import number
+
+    assert number(value) == f"{value:.3g}"
+    nothing = Curves(np.zeros(0), {})
+    run = Run(Path("x"), "x", nothing, nothing, samples=[{"step": 1, "completion": "a", "grade": value}])
+    assert "grade" not in answers([run])
