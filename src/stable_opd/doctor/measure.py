@@ -66,7 +66,8 @@ def measure(module: "OPDModule", examples: Sequence[Example], teacher_stop: Sequ
     module.model.eval()
     prompts = collate(list(enumerate(examples[:PROMPTS])), None)
     budget = min(TOKENS, module.rollout_options.max_new_tokens)
-    writers = Writers(module.model, module.tokenizer, module.engine, budget, module.stop)
+    columns = module.readers.teacher.columns
+    writers = Writers(module.model, module.tokenizer, module.engine, budget, module.stop, columns=columns)
     plan = student_rows(prompts, 1)
     short = [row for row, each in enumerate(prompts.golden) if each and len(prompts.ids[row]) + len(each) <= room]
     written = Plan([*plan.prompt, *short], [*plan.author, *[Author.GOLDEN] * len(short)])
@@ -93,9 +94,10 @@ def _read(module: "OPDModule", rollout: Rollout) -> Iterator[tuple[Rollout, Hidd
     rows, size = torch.arange(len(rollout), device=rollout.lengths.device), module.update_options.micro_batch_tokens
     teacher, head = module.readers.teacher, output_head(module.model, len(module.tokenizer)).detached()
     with teacher.present():
-        for batch in micro_batches(rollout, rows, size, not packs(module.model)):
-            part = rollout.select(batch)
-            yield part, HiddenStates(body(module.model, part), head), teacher.score(part)
+        for some in teacher.apart(rollout, rows):
+            for batch in micro_batches(rollout, some, size, not packs(module.model)):
+                part = rollout.select(batch)
+                yield part, HiddenStates(body(module.model, part), head), teacher.score(part)
 
 
 def _compare(found: Diagnostics, part: Rollout, ours: HiddenStates, theirs: Opinion) -> None:
