@@ -118,10 +118,8 @@ def test_what_is_told_is_what_the_one_with_the_least_tells():
     assert RoutedTeacher({"b": LocalTeacher("c")}, "task").k is None
 
 
-def test_answers_end_where_any_of_them_ends(teacher_path):
-    teacher = RoutedTeacher(
-        {"a": LocalTeacher("testbed:student-other-stop"), "b": LocalTeacher("testbed:student")}, "t"
-    )
+def test_answers_end_where_any_of_them_ends():
+    teacher = RoutedTeacher({name: LocalTeacher(f"testbed:{name}") for name in ("student-other-stop", "student")}, "t")
     teacher.setup("student", TOKENIZER, CPU)
     ids = [each.stop_ids for each in teacher.teachers.values()]
     assert ids[0] != ids[1]
