@@ -1,6 +1,7 @@
 """Scores in a folder: whole or not there, whatever happens to processes and files."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -69,38 +70,49 @@ WRITER = """
     from teachers.test_store import entry
     from stable_opd.teachers.store import Store
     store = Store(sys.argv[1])
-    first, count = int(sys.argv[2]), int(sys.argv[3])
-    store.open()
-    for number in range(first, first + count):
+    for number in range(10**6):
         store.put({number.to_bytes(4, "little"): entry(number, 300)})
         print(number, flush=True)
 """
 
 
-def start(folder, first, count):
+def start(folder):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", textwrap.dedent(WRITER), str(folder), str(first), str(count)]
+    command = [sys.executable, "-c", textwrap.dedent(WRITER), str(folder)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def test_processes_write_side_by_side_and_one_is_killed(tmp_path):
     """Every row that was put is there, and there is no other."""
-    ends, victim = start(tmp_path, 0, 30), start(tmp_path, 1000, 10**6)
-    for _ in range(5):
+    own, victim = Store(str(tmp_path)), start(tmp_path)
+    for number in range(5):
         assert victim.stdout.readline()
-    own = Store(str(tmp_path))
-    for number in range(20, 40):
-        own.put({number.to_bytes(4, "little"): entry(number, 300)})
+        own.put({b"own" + bytes([number]): entry(number)})
     os.kill(victim.pid, signal.SIGKILL)
     said = victim.communicate()[0].split("\n")[:-1]  # what follows the last line break was cut
-    last = int(said[-1]) if said else 1004
-    ends.communicate()
-    assert ends.returncode == 0
+    last = int(said[-1]) if said else 4
     store = opened(tmp_path)
-    for number in [*range(40), *range(1000, last + 1)]:
+    for number in range(5):
+        assert_equal(store.get(b"own" + bytes([number]), 3, 2), entry(number))
+    for number in range(last + 1):
         assert_equal(store.get(number.to_bytes(4, "little"), 300, 2), entry(number, 300))
     beyond = (last + 2).to_bytes(4, "little")  # the one after the last may have been put and not said
     assert store.get(beyond, 300, 2) is None
+
+
+def test_row_that_was_half_written_is_rolled_back(tmp_path):
+    """The files of a process that is killed in the middle of a transaction, when part of it is in them."""
+    store = Store(str(tmp_path / "live"))
+    store.put({b"whole": entry(1)})
+    connection = store._writing()
+    connection.execute("PRAGMA cache_size = 1")  # so that it spills
+    for number in range(50):
+        connection.execute("INSERT INTO rows VALUES (?, ?, ?)", (bytes([number]), b"half" * 4096, b""))
+    shutil.copytree(tmp_path / "live", tmp_path / "dead")
+    assert list((tmp_path / "dead").glob("*-journal"))
+    found = opened(tmp_path / "dead")
+    assert_equal(found.get(b"whole", 3, 2), entry(1))
+    assert all(found.get(bytes([number]), 3, 2) is None for number in range(50))
 
 
 def test_row_that_is_damaged_is_passed_over_and_can_be_put_again(tmp_path):
