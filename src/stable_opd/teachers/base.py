@@ -153,8 +153,10 @@ def check_served(teacher: Teacher, terms: Mapping[str, LossTerm], comparing: Seq
         ValueError: If it does not; the message says who reads more.
     """
     if teacher is NOBODY:
-        asking = " and ".join(type(term).__name__ for term in terms.values() if term.needs_teacher) or "the mixture"
-        raise ValueError(f"Expected a teacher, because {asking} asks it, but got none. Set model.teacher.")
+        raise ValueError(
+            "Expected a teacher, because there are rows for it to score or to write, but got none. Set model.teacher; "
+            "only fine-tuning (GoldenMixture with model.rollout.samples_per_prompt: 0) does without."
+        )
     name, most = type(teacher).__name__, SUPPORTS.index(teacher.support)
     for key, term in terms.items():
         what = f"{type(term).__name__} ({key})"
