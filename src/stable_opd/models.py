@@ -106,16 +106,16 @@ def digest(path: str) -> str:
     """Return what tells the files of a model and its tokenizer from any others: the commit of a hub, or a digest.
 
     Args:
-        path: As for `load_model`. All bytes of a folder are read, which takes about a second for a GB.
+        path: As for `load_model`. All bytes of a folder are read, which takes some seconds for a GB.
     """
     commit = getattr(AutoConfig.from_pretrained(resolve(path)), "_commit_hash", None)
     if commit is not None:
         return f"{path} {commit}"
-    whole = hashlib.blake2b(digest_size=16)
+    whole = hashlib.sha256()
     for file in sorted(Path(resolve(path)).iterdir()):
         if file.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja"):
             with file.open("rb") as opened:
-                whole.update(file.name.encode() + hashlib.file_digest(opened, "blake2b").digest())
+                whole.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
     return whole.hexdigest()
 
 
