@@ -134,6 +134,13 @@ def test_teacher_of_another_precision_is_another_one(tmp_path, teacher_path):
     assert coarse.teacher.read == 4
 
 
+def test_other_number_of_likeliest_tokens_is_kept_beside(tmp_path, teacher_path):
+    for k in (3, 0, 3, 0):
+        found = ready(tmp_path, teacher_path, k).score(rows())
+        assert found.tokens.shape == (10, k)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_teacher_that_was_copied_is_the_same_one(tmp_path):
     for name in ("one", "two"):
         teacher = ready(tmp_path / "scores", save(tiny_model(2), tmp_path / name))
