@@ -135,6 +135,21 @@ class Reader:
             )
         return prompt + after
 
+    def tokens(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Return a prompt as the token ids that a model reads.
+
+        Raises:
+            Dropped: If it is far too long, and prompts have a limit.
+            ValueError: If it cannot be encoded.
+        """
+        text = self.text(prompt)
+        if len(text) > LONGEST:
+            if self.max_prompt_tokens is not None:
+                raise Dropped("prompts are too long")
+            raise ValueError(_too_long("prompt", text, "prompt"))
+        # A chat template writes its special tokens itself; adding them again would double the start token.
+        return self._tokens(text, add_special_tokens=not self.chat_template)
+
     def _check_columns(self, source: Source, present: list[str]) -> None:
         """Refuse a table without the columns that cannot be done without."""
         needed = {"prompt": self.columns.prompt} | ({"judged": self.columns.judged} if self.trains else {})
@@ -150,15 +165,9 @@ class Reader:
         prompt = row[self.columns.prompt]
         if not prompt:
             raise ValueError(f"Expected every prompt to have some text, but got {prompt!r}. Add it, or drop the row.")
-        text = self.text(prompt)
-        if len(text) > LONGEST:
-            if self.max_prompt_tokens is not None:
-                raise Dropped("prompts are too long")
-            raise ValueError(_too_long("prompt", text, "prompt"))
-        # A chat template writes its special tokens itself; adding them again would double the start token.
-        ids = self._tokens(text, add_special_tokens=not self.chat_template)
+        ids = self.tokens(prompt)
         if not ids:
-            raise ValueError(f"Expected every prompt to have some tokens, but got none for {text[:200]!r}.")
+            raise ValueError(f"Expected every prompt to have some tokens, but got none for {prompt!r:.200}.")
         return ids
 
     def _golden(self, row: Mapping[str, Any]) -> tuple[str | None, list[int] | None]:
