@@ -153,7 +153,7 @@ def digest(path: str) -> str:
     Args:
         path: As for `load_model`. All bytes of a folder are read, which takes some seconds for a GB.
     """
-    commit = getattr(AutoConfig.from_pretrained(resolve(path)), "_commit_hash", None)
+    commit = getattr(_read("the config of a language model", path, AutoConfig), "_commit_hash", None)
     if commit is not None:
         return f"{path} {commit}"
     whole = hashlib.sha256()
