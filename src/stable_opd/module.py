@@ -38,7 +38,9 @@ from stable_opd.repetition import RepetitionDetector
 from stable_opd.reporting import StepReport
 from stable_opd.rollouts import Writers
 from stable_opd.samplers import Sampler, Temperature
+from stable_opd.sharding import InferenceCopy, is_sharded, shard
 from stable_opd.stopwatch import Stopwatch
+from stable_opd.strategy import ShardedStrategy, check_strategy
 from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
@@ -110,6 +112,7 @@ class OPDModule(LightningModule):
         self.stop_rule = SEPARATE  # until the models are there
         # What serves and does not learn stays out of the module's parameters and checkpoints.
         self.readers = Readers(teacher, "reference" in update.offload)
+        self.copy: InferenceCopy | None = None  # where the student is sharded
         self.engine = engine or InProcessEngine()
         self.report = StepReport(rollout.max_new_tokens)
         self.evaluation = Evaluation(rollout.max_new_tokens, rollout.eval_temperature)
@@ -140,6 +143,7 @@ class OPDModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Load the models that the stage needs, and refuse what cannot work."""
+        check_strategy(self.trainer.strategy, str(self.trainer.precision))
         self.load(stage)
         refuse(examine(Patient.of(self, stage)))
 
@@ -174,6 +178,32 @@ class OPDModule(LightningModule):
             self.stop_rule,
         )
 
+    def configure_model(self) -> None:
+        """Shard the models, if the strategy does.
+
+        Raises:
+            ValueError: If a part of the recipe cannot be sharded.
+        """
+        strategy, precision = self.trainer.strategy, str(self.trainer.precision)
+        if not isinstance(strategy, ShardedStrategy):
+            return
+        if self.adapter is not None or self.update_options.offload:
+            raise ValueError(
+                "Expected neither model.adapter nor model.update.offload, because trainer.strategy is sharded, but got "
+                f"adapter {self.adapter} and offload {self.update_options.offload}. Leave them out: each process keeps "
+                "but a part of everything. Or use trainer.strategy: ddp."
+            )
+
+        def spread(model: PreTrainedModel) -> None:
+            if not is_sharded(model):
+                shard(model, strategy.processes, precision)
+
+        if not is_sharded(self.model):
+            self.copy = InferenceCopy(self.model, strategy.root_device)
+        spread(self.model)
+        # One that writes has to be whole, as a process cannot wait for the others in the middle of an answer.
+        self.readers.shard(spread, teacher=not (self.mixture.needs_writing_teacher or self.mixture.blends))
+
     def place(self) -> None:
         """Move what the module does not own to the device, in the student's precision."""
         self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
@@ -206,6 +236,10 @@ class OPDModule(LightningModule):
             return optimizer
         return [optimizer], [{"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}]
 
+    def writer(self) -> PreTrainedModel:
+        """Return the student as engines need it, whole on each process; if it is sharded, all have to call this."""
+        return self.model if self.copy is None else self.copy.fill(self.model, str(self.trainer.precision))
+
     def write(
         self, prompts: Prompts, plan: Plan, sampler: Sampler, *key_parts: int | str, learning: bool = False
     ) -> Rollout:
@@ -222,7 +256,7 @@ class OPDModule(LightningModule):
         teacher = self.readers.teacher if learning else None
         budget = self.rollout_options.max_new_tokens
         rule = self.stop_rule if learning else SEPARATE
-        writers = Writers(self.model, self.tokenizer, self.engine, budget, self.stop_rule.stop, teacher, rule)
+        writers = Writers(self.writer(), self.tokenizer, self.engine, budget, self.stop_rule.stop, teacher, rule)
         mixture = self.present_mixture
         with teacher.present() if teacher and mixture.blends else nullcontext():
             blend = None
@@ -239,6 +273,7 @@ class OPDModule(LightningModule):
             mixture = self.present_mixture
             plan = mixture.plan(batch, samples, self.progress, self.global_step)
             written = self.write(batch, plan, self.sampler, self.global_step, learning=True)
+            self._release()
             written = mixture.revise(written, self.global_step)
             found = self.repetition(written)
             rollout, repetition = self.policies.replace(written, found, batch, self.stop_rule.stop)
@@ -297,6 +332,10 @@ class OPDModule(LightningModule):
             )
         self.readers.reference.load_state_dict(checkpoint["reference"])
 
+    def on_validation_start(self) -> None:
+        """Have the student's weights together, before one process has more to answer than another."""
+        self.writer()
+
     def validation_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Answer the prompts, greedily and at a temperature, and measure them; return the greedy ``answers``."""
         answers: list[dict[str, Any]] = []
@@ -309,6 +348,7 @@ class OPDModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the evaluation; the one before the first step is that of the initial student."""
+        self._release()
         figures = {f"val/{name}": value for name, value in self.evaluation.compute().items()}
         if not self.trainer.sanity_checking:
             self.log_dict(figures)
@@ -317,18 +357,35 @@ class OPDModule(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics({name: float(value) for name, value in figures.items()}, step=self.global_step)
 
+    def on_test_start(self) -> None:
+        """As in validation."""
+        self.writer()
+
     def test_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """As in validation."""
         return self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log the evaluation."""
+        self._release()
         self.log_dict({f"test/{name}": value for name, value in self.evaluation.compute().items()})
+
+    def on_predict_start(self) -> None:
+        """As in validation."""
+        self.writer()
 
     def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answer the prompts greedily; one record for each, in their order."""
         rollout = self.write(batch, student_rows(batch, 1), Temperature(0.0), "prediction")
         return records(batch, rollout, self.repetition(rollout), grades(batch, rollout), self.tokenizer)
+
+    def on_predict_end(self) -> None:
+        """As in validation."""
+        self._release()
+
+    def _release(self) -> None:
+        if self.copy is not None:
+            self.copy.release()
 
     def _constraints(self) -> dict[str, Constraint]:
         return {name: cast(Constraint, each) for name, each in self.constraints.items()}

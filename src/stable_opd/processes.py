@@ -1,5 +1,6 @@
 """What the processes of a run have to agree on."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,6 +31,12 @@ class Processes:
         """Add up over all processes."""
         total: Tensor = self.trainer.strategy.reduce(local, reduce_op="sum")
         return total
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest of each number over all processes."""
+        own = torch.tensor(list(numbers), device=self.trainer.strategy.root_device)
+        found: list[int] = self.trainer.strategy.reduce(own, reduce_op="max").tolist()
+        return found
 
     def gather(self, values: Tensor) -> Tensor:
         """Put the values of all processes one after the other, (n,) -> (m,); n may be 0, and differ."""
