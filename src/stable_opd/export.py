@@ -10,6 +10,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
+from stable_opd import shards
 from stable_opd.models import load_model, load_tokenizer
 from stable_opd.students import LoRA, check_adapter, describe_adapter
 
@@ -19,7 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def export(args: Sequence[str]) -> None:
     """Turn a checkpoint into a folder that transformers and vLLM load."""
     parser = argparse.ArgumentParser("stable-opd export", description=inspect.getdoc(export))
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint of a run, the .ckpt file")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint of a run, the .ckpt file or folder")
     parser.add_argument("folder", type=Path, help="where to write to; made if there is none, and has to be empty")
     parser.add_argument(
         "--adapter", action="store_true", help="write the adapters alone, for peft, and do not merge them"
@@ -48,7 +49,7 @@ def write_student(
     beside these.
 
     Args:
-        checkpoint: A checkpoint file of Lightning.
+        checkpoint: A checkpoint file of Lightning, or the folder of a sharded one.
         folder: Where to write to.
         adapter_alone: Whether to leave the adapters apart from the weights.
         dtype: Precision to write in; none takes that of the initial student, and leaves adapters in float32.
@@ -98,13 +99,10 @@ def _adapted(model: Any, adapter: LoRA, weights: dict[str, Tensor], alone: bool)
 
 
 def _load(checkpoint: Path) -> dict[str, Any]:
+    if not (checkpoint / shards.PLAIN if checkpoint.is_dir() else checkpoint).exists():
+        raise ValueError(f"Expected a checkpoint, but there is no {checkpoint}. Look in the run's checkpoints/.")
     if checkpoint.is_dir():
-        raise ValueError(
-            f"Expected a checkpoint file, but got the folder {checkpoint}, which holds one in shards. Join them first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {checkpoint}"
-        )
-    if not checkpoint.exists():
-        raise ValueError(f"Expected a checkpoint file, but there is no {checkpoint}. Look in the run's checkpoints/.")
+        return shards.read(checkpoint, lambda size, dtype: torch.empty(size, dtype=dtype), only={"state_dict"})
     saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     return saved
 

@@ -201,8 +201,9 @@ class OPDModule(LightningModule):
         if not is_sharded(self.model):
             self.copy = InferenceCopy(self.model, strategy.root_device)
         spread(self.model)
-        # One that writes has to be whole, as a process cannot wait for the others in the middle of an answer.
-        self.readers.shard(spread, teacher=not (self.mixture.needs_writing_teacher or self.mixture.blends))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            # One that writes has to be whole, as a process cannot wait for the others in the middle of an answer.
+            self.readers.shard(spread, teacher=not (self.mixture.needs_writing_teacher or self.mixture.blends))
 
     def place(self) -> None:
         """Move what the module does not own to the device, in the student's precision."""

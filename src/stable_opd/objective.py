@@ -105,7 +105,7 @@ class Piece:
     Attributes:
         rollout: All rows, those of the groups one after the other.
         groups: The student's rows, the others, and those that somebody else began, as far as there are any.
-        readings: How often teacher and reference have to read it, because they do on another process; 0 if nobody waits.
+        readings: How often teacher and reference have to read it, because they do on another process.
     """
 
     rollout: Rollout

@@ -89,7 +89,7 @@ class Readers:
         yield from everything
 
     def readings(self, piece: Piece) -> tuple[int, int]:
-        """Return how often the teacher and the reference would read a micro-batch, as far as processes have to agree."""
+        """Return how often teacher and reference would read a micro-batch, as far as processes have to agree."""
         asked = [[needs(group) for group in piece.groups] for needs in (_needs_teacher, _needs_reference)]
         waiting = self.teacher.sharded, self.reference is not None and is_sharded(self.reference)
         teacher, reference = (sum(each) if waits else 0 for each, waits in zip(asked, waiting, strict=True))

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from stable_opd import shards
+
 Config = Mapping[str, Any]
 
 #: Options of the trainer that have a say in what is learnt.
@@ -63,29 +65,35 @@ def checkpoints(folder: Path) -> list[Path]:
 def check_whole(path: Path) -> None:
     """Make sure that a checkpoint is as it was written, and that it holds plain values.
 
-    Every part of the file has a checksum, which `torch.load` does not look at.
+    Every part of a file has a checksum, which `torch.load` does not look at; so have the files of one in shards.
 
     Raises:
         ValueError: If it is not.
     """
-    file = path / "meta.pt" if path.is_dir() else path  # a sharded strategy writes a folder
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(_plain(path)) as archive:
             broken = archive.testzip()
         if broken is None:
-            peek(path)
-            return
-        flaw = f"the part {broken.partition('/')[2]} is not what was written"
+            found = peek(path)
+            flaw = next(shards.flaws(path, found), None) if path.is_dir() else None
+        else:
+            flaw = f"the part {broken.partition('/')[2]} is not what was written"
     except _FLAWS as error:
         flaw = str(error).partition("\n")[0]
+    if flaw is None:
+        return
     raise ValueError(f"Expected a whole checkpoint of plain values, but got {path}: {flaw}. Go on from an earlier one.")
 
 
 def peek(path: Path) -> dict[str, Any]:
     """Return what a checkpoint holds, without reading its tensors and without unpickling objects."""
-    file = path / "meta.pt" if path.is_dir() else path
-    found: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    found: dict[str, Any] = torch.load(_plain(path), map_location="cpu", mmap=True, weights_only=True)
     return found
+
+
+def _plain(path: Path) -> Path:
+    """Return the file of a checkpoint that holds plain values; one in shards is a folder."""
+    return path / shards.PLAIN if path.is_dir() else path
 
 
 def newest(folder: Path) -> Path | None:

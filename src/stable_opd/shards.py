@@ -1,6 +1,7 @@
 """Checkpoints in a folder to which each process writes its part, and any number of processes reads its own."""
 
 import pickle
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -72,7 +73,9 @@ def read(
         assert isinstance(described, TensorStorageMetadata)
         tensors[_name(keys)] = empty(described.size, described.properties.dtype)
     if tensors:
-        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is meant
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     for keys in places:
         part: Any = checkpoint
         for key in keys[:-1]:
@@ -137,6 +140,8 @@ def _fingerprint(path: Path) -> list[int]:
 
 #: What a description of tensors consists of.
 _DESCRIBING = {
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # its module in Python 3.13
     "torch": {"Size", *(name for name, each in vars(torch).items() if isinstance(each, torch.dtype))},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
