@@ -231,8 +231,18 @@ class OPDModule(LightningModule):
         return plan_memory(self.model, self.readers, *options, *sizes, len(self.tokenizer), compute, kept)
 
     def configure_optimizers(self) -> Any:
-        """Make the optimizer and its schedule."""
+        """Make the optimizer and its schedule.
+
+        Raises:
+            ValueError: If it cannot work on sharded weights.
+        """
         optimizer = self.make_optimizer(trained(self.model))
+        if is_sharded(self.model) and type(optimizer).__module__.startswith("bitsandbytes"):
+            raise ValueError(
+                "Expected an optimizer of torch, because trainer.strategy is sharded, but got "
+                f"{type(optimizer).__name__} of bitsandbytes, which knows no sharded weights. Use torch.optim.AdamW: "
+                "each process keeps but a part of its state."
+            )
         if self.make_lr_scheduler is None:
             return optimizer
         return [optimizer], [{"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}]
