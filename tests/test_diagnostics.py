@@ -9,15 +9,20 @@ from torch.distributions import Categorical, kl_divergence
 
 from helpers import make_evidence
 from stable_opd import Author, build, diagnostics
-from stable_opd.diagnostics import Diagnostics, divergence, overlap, stop_mass
+from stable_opd.diagnostics import Diagnostics, divergence, overlap
+from stable_opd.streaming import known_logprobs
+from stable_opd.types import Scores
 from streams import VOCABULARY, N, draw_evidence, draw_states, stream
 
 STOP = (3, 17, 40)
 
 
-def diagnose(evidence, shares):
+def diagnose(evidence, shares, k=None):
+    """With a k, the teacher tells no more than its k likeliest tokens."""
     student, teacher = draw_states(0), draw_states(1)
-    found = stream({"kl": build("divergence", "ReverseKL")}, evidence, shares, student, teacher).diagnostics
+    term = build("divergence", "ReverseKL" if k is None else "SampledReverseKL")
+    told = teacher if k is None else known_logprobs(teacher, evidence.tokens, k)
+    found = stream({"kl": term}, evidence, shares, student, told).diagnostics
     return found, [Categorical(logits=model.states @ model.head.weight.T) for model in (student, teacher)]
 
 
@@ -73,9 +78,23 @@ def test_stop_is_looked_at_at_every_position(tile, monkeypatch):
 
 
 def test_stop_tokens_beyond_the_shared_vocabulary_have_no_mass():
-    logprobs = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
-    torch.testing.assert_close(stop_mass(logprobs, (1, 7)), torch.tensor([0.75, 0.5]))
-    assert stop_mass(logprobs, (7,)).tolist() == stop_mass(logprobs, ()).tolist() == [0, 0]
+    scores = Scores(logprobs=torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log())
+    torch.testing.assert_close(scores.mass((1, 7)), torch.tensor([0.75, 0.5]))
+    assert scores.mass((7,)).tolist() == scores.mass(()).tolist() == [0, 0]
+
+
+def test_of_a_teacher_that_tells_its_likeliest_tokens_only_what_is_known_is_compared():
+    evidence, shares = draw_evidence()
+    whole, (_, theirs) = diagnose(replace(evidence, stop=STOP), shares)
+    k = 20
+    found, _ = diagnose(replace(evidence, stop=STOP), shares, k=k)
+    for name in ("student", "teacher", "entropy_student", "overlap", "overlap_advantage", "stop_student"):
+        torch.testing.assert_close(found[name], whole[name])
+    best = theirs.probs.topk(k, -1).indices
+    known = torch.stack([theirs.probs[:, token] * (best == token).any(-1) for token in STOP]).sum(0)
+    torch.testing.assert_close(found["stop_teacher"], known)
+    assert found["kl"].isnan().all()
+    assert found["entropy_teacher"].isnan().all()
 
 
 @pytest.mark.parametrize("count", [9, 23, 150, 999])
@@ -119,7 +138,7 @@ def test_entropies_and_divergence_of_distributions_with_impossible_tokens():
 
 def test_overlap_of_a_small_vocabulary_is_complete():
     student, teacher = torch.randn(4, 5).log_softmax(-1), torch.randn(4, 5).log_softmax(-1)
-    share, advantage = overlap(student, teacher)
+    share, advantage = overlap(Scores(logprobs=student), Scores(logprobs=teacher))
     assert share.tolist() == [1.0] * 4
     torch.testing.assert_close(
         advantage, -kl_divergence(Categorical(logits=student), Categorical(logits=teacher)), rtol=1e-4, atol=1e-6
@@ -131,7 +150,7 @@ def test_where_no_likely_token_is_shared_the_advantage_has_no_weight():
     order = torch.arange(40.0)
     student = torch.stack([order, order]).log_softmax(-1)
     teacher = torch.stack([order.flip(0), order.flip(0).index_fill(0, torch.tensor([39]), 60.0)]).log_softmax(-1)
-    share, advantage = overlap(student, teacher)
+    share, advantage = overlap(Scores(logprobs=student), Scores(logprobs=teacher))
     assert share.tolist() == [0, 1 / 16]
     assert advantage.tolist() == [0, 0]
     found = Diagnostics()
@@ -145,6 +164,6 @@ def test_overlap_of_two_shared_tokens_by_hand(monkeypatch):
     monkeypatch.setattr(diagnostics, "OVERLAP_K", 3)
     student = torch.tensor([[0.4, 0.2, 0.3, 0.05, 0.05]]).log()
     teacher = torch.tensor([[0.2, 0.6, 0.01, 0.15, 0.04]]).log()
-    share, advantage = overlap(student, teacher)
+    share, advantage = overlap(Scores(logprobs=student), Scores(logprobs=teacher))
     assert share.item() == pytest.approx(2 / 3)
     assert advantage.item() == pytest.approx(2 / 3 * math.log(3 / 8) + 1 / 3 * math.log(9 / 4), rel=1e-5)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from helpers import VOCABULARY, make_rollout, tiny_model
 from stable_opd.models import output_head
-from stable_opd.scoring import body, logprob_error, micro_batches
+from stable_opd.scoring import KnownLogprobs, body, logprob_error, micro_batches
+from stable_opd.terminal import NEGLIGIBLE, NEVER, StopEvent
 
 
 @settings(deadline=None, max_examples=100)
@@ -110,3 +111,63 @@ def test_error_of_log_probs_is_that_at_the_written_tokens():
     assert error.mean == pytest.approx(sum(distances) / len(distances), rel=1e-4)
     assert error.largest == pytest.approx(max(distances), rel=1e-4)
     assert logprob_error(one, one, make_rollout(ROWS, PROMPTS)) == (0, 0)
+
+
+EVENTS = [StopEvent(3, (17, 0)), StopEvent(17, (3,), rest=NEGLIGIBLE)]
+
+
+def known(logprobs, written, k, event):
+    best, tokens = logprobs.topk(k, -1)
+    sampled = logprobs.gather(-1, written[:, None]).squeeze(-1)
+    return KnownLogprobs(written, sampled, tokens, best, event)
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("renamed", [True, False], ids=["the student has the event too", "the student has none"])
+def test_event_of_known_logprobs_is_that_of_the_whole_vocabulary(event, renamed):
+    """With all tokens known, reading them as one is what the streamed path does to a dense row."""
+    logprobs = torch.randn(64, VOCABULARY, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    written = torch.arange(64) % VOCABULARY
+    tokens = event.renamed(written) if renamed else written
+    found = known(logprobs, written, VOCABULARY, event).at(slice(None), tokens)
+    dense = event.read_(logprobs.clone())
+    torch.testing.assert_close(found.sampled, dense.gather(-1, tokens[:, None]).squeeze(-1))
+    best, ids = dense.topk(VOCABULARY - len(event.others), -1)
+    torch.testing.assert_close(found.top(best.shape[-1])[0], ids)
+    torch.testing.assert_close(found.top(best.shape[-1])[1], best)
+
+
+@pytest.mark.parametrize(
+    ("written", "tokens", "probs", "expected"),
+    [
+        ((5, 0.1), [1, 2], [0.5, 0.3], (0.1, [1, 2], [0.5, 0.3])),  # nothing of the event is known
+        ((4, 0.1), [1, 2], [0.5, 0.3], (0.1, [1, 2], [0.5, 0.3])),  # only what was written, and others are likelier
+        ((4, 0.1), [1, 2], [0.5, 0.05], (0.1, [1, 3], [0.5, 0.1])),  # only what was written, which is the likelier
+        ((5, 0.1), [3, 4], [0.5, 0.3], (0.1, [3, 4], [0.8, 0.0])),  # all of it; the other name does not occur any more
+        ((4, 0.15), [1, 3], [0.5, 0.2], (0.35, [1, 3], [0.5, 0.35])),  # one is written, one is among the likeliest
+        ((4, 0.2), [1, 4], [0.5, 0.2], (0.2, [1, 3], [0.5, 0.2])),  # counted once, and by its new name
+    ],
+)
+def test_event_of_what_is_known(written, tokens, probs, expected):
+    """By hand, for the tokens 3 and 4 as one: the log-prob of the written token, and the two likeliest tokens."""
+    event, token = StopEvent(3, (4,)), torch.tensor([written[0]])
+    known_of = torch.tensor([written[1]]).log(), torch.tensor([tokens]), torch.tensor([probs]).log()
+    found = KnownLogprobs(token, *known_of, event).at(slice(None), event.renamed(token))
+    best, logprobs = found.top(2)
+    assert best.tolist() == [expected[1]]
+    torch.testing.assert_close(found.sampled.exp(), torch.tensor([expected[0]]))
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([expected[2]]))
+
+
+def test_tokens_of_an_event_that_do_not_occur_have_no_probability():
+    event = StopEvent(3, (4,))
+    opinion = KnownLogprobs(
+        torch.tensor([1]), torch.tensor([0.2]).log(), torch.tensor([[3, 4]]), torch.tensor([[0.5, 0.3]]).log(), event
+    )
+    assert opinion.at(slice(None), torch.tensor([1])).top(2)[1][0, 1].item() == NEVER
+
+
+def test_an_event_that_rules_tokens_out_takes_the_whole_vocabulary():
+    event = StopEvent(3, (4,), adds=False)
+    with pytest.raises(ValueError, match="whole vocabulary is not known"):
+        known(torch.zeros(1, 6).log_softmax(-1), torch.tensor([1]), 2, event).at(slice(None), torch.tensor([1]))

@@ -1,12 +1,10 @@
 """How student and teacher compare, measured while their scores are at hand."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from stable_opd.randomness import key
-from stable_opd.types import Author, Evidence
+from stable_opd.types import Author, Evidence, Scores
 
 #: How many of the likeliest tokens of student and teacher are compared (Li et al. 2026, arXiv 2604.13016).
 OVERLAP_K = 16
@@ -23,7 +21,7 @@ POSITIONS = 64
 AT_ONCE = 2**18
 
 
-def overlap(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def overlap(student: Scores, teacher: Scores) -> tuple[Tensor, Tensor]:
     """Compare the likeliest tokens of student and teacher, `OVERLAP_K` of each.
 
         share = |S & T| / k,  advantage = sum over v in S & T of p'_v (log q'_v - log p'_v)
@@ -34,16 +32,17 @@ def overlap(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     Source: Li et al. 2026 (arXiv 2604.13016).
 
     Args:
-        student: Log-probs of the student, (n, V).
-        teacher: Log-probs of the teacher, (n, V).
+        student: What the student says of n positions.
+        teacher: What the teacher does; fewer are compared if fewer of its likeliest tokens are known.
 
     Returns:
-        Share and advantage, (n,) each; the advantage is 0 where the share is.
+        Share and advantage, (n,) each; the advantage is 0 where the share is. Nan if no token is known.
     """
-    k = min(OVERLAP_K, student.shape[-1])
-    ours, tokens = student.topk(k, -1)
-    shared = (tokens[:, :, None] == teacher.topk(k, -1).indices[:, None, :]).any(-1)
-    theirs = finite(teacher.gather(-1, tokens))
+    k = min(OVERLAP_K, student.known, teacher.known)
+    (tokens, ours), (others, theirs) = student.top(k), teacher.top(k)
+    same = tokens[:, :, None] == others[:, None, :]
+    shared = same.any(-1)
+    theirs = finite(theirs)[:, None, :].where(same, 0).sum(-1)
     log_p, log_q = (each.masked_fill(~shared, -torch.inf).log_softmax(-1) for each in (finite(ours), theirs))
     advantage = (log_p.exp() * (log_q - log_p)).masked_fill(~shared, 0).sum(-1)
     return shared.float().mean(-1), advantage
@@ -72,11 +71,13 @@ def _divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tenso
     return ours, -torch.linalg.vecdot(torch.exp(teacher, out=p), log_q), kl
 
 
-def stop_mass(logprobs: Tensor, stop: Sequence[int]) -> Tensor:
-    """Return the probability of a stop token, (n, V) -> (n,)."""
-    # Column by column: an index of several would have to be copied to the device, for which that would have to wait.
-    columns = [logprobs[:, token].exp() for token in stop if token < logprobs.shape[-1]]
-    return torch.stack(columns).sum(0) if columns else torch.zeros_like(logprobs[:, 0])
+def _compared(student: Scores, teacher: Scores) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `divergence` does, with nan for what takes the teacher's whole distribution if that is not known."""
+    if teacher.whole:
+        return divergence(student.logprobs, teacher.logprobs)
+    entropy = divergence(student.logprobs, student.logprobs)[0]
+    unknown = torch.full_like(entropy, torch.nan)
+    return entropy, unknown, unknown
 
 
 class Diagnostics:
@@ -131,16 +132,16 @@ class Diagnostics:
         self.put("own", own)
         self.put("in_loop", evidence.in_loop)
         self.put("stopped", own & stopped)
-        self.put("stop_student", stop_mass(student.logprobs, stop))
-        self.put("stop_teacher", stop_mass(teacher.logprobs, stop))
+        self.put("stop_student", student.mass(stop))
+        self.put("stop_teacher", teacher.mass(stop))
         stride = max(1, count // max(POSITIONS, ENTRIES // student.logprobs.shape[-1]))
         first = (key("diagnostics", count, repr(evidence.progress)) - start) % stride
         if first >= len(own):
             return
         seen = slice(first, None, stride)
-        ours, theirs = student.logprobs[seen], teacher.logprobs[seen]
-        entropy_student, entropy_teacher, kl = divergence(ours, theirs)
-        share, advantage = overlap(ours, theirs)
+        student, teacher = student.at(seen), teacher.at(seen)
+        entropy_student, entropy_teacher, kl = _compared(student, teacher)
+        share, advantage = overlap(student, teacher)
         weight = stride * own[seen].float()
         self.put("entropy_student", entropy_student)
         self.put("entropy_teacher", entropy_teacher)

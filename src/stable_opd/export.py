@@ -100,7 +100,9 @@ def _adapted(model: Any, adapter: LoRA, weights: dict[str, Tensor], alone: bool)
 
 def _load(checkpoint: Path) -> dict[str, Any]:
     if not (checkpoint / shards.PLAIN if checkpoint.is_dir() else checkpoint).exists():
-        raise ValueError(f"Expected a checkpoint, but there is no whole one at {checkpoint}. Look in the run's checkpoints/.")
+        raise ValueError(
+            f"Expected a checkpoint, but there is no whole one at {checkpoint}. Look in the run's checkpoints/."
+        )
     if checkpoint.is_dir():
         return shards.read(checkpoint, lambda size, dtype: torch.empty(size, dtype=dtype), only={"state_dict"})
     saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)

@@ -13,7 +13,7 @@ from stable_opd.models import Head, output_head
 from stable_opd.objective import Group, Piece, Reading
 from stable_opd.scoring import HiddenStates, body
 from stable_opd.sharding import inside, reshard
-from stable_opd.streaming import scores, tiles
+from stable_opd.streaming import opinion, scores, tiles
 from stable_opd.terminal import StopEvent
 from stable_opd.types import Author, Repetition, Rollout
 
@@ -121,7 +121,7 @@ def _seen(group: Group, reading: Reading, ours: HiddenStates) -> Tensor:
         for tile in tiles(len(group.places), ours):
             tokens = group.evidence.tokens[tile]
             p = scores("student", ours, tile, tokens)[0]
-            q = scores("teacher", theirs, tile, tokens)[0]
+            q = opinion("teacher", theirs, tile, tokens)
             entropy = -expectation(p.probs, p.logprobs)
             gap = torch.sub(p.logprobs, q.logprobs, out=q.logprobs)  # memory of the tile, not needed any more
             found[:, tile] = torch.stack([p.sampled, q.sampled, entropy, expectation(p.probs, gap)])

@@ -40,10 +40,11 @@ from stable_opd.rollouts import Writers
 from stable_opd.samplers import Sampler, Temperature
 from stable_opd.sharding import InferenceCopy, is_sharded, shard
 from stable_opd.stopwatch import Stopwatch
-from stable_opd.strategy import ShardedStrategy, check_strategy
+from stable_opd.strategy import ShardedStrategy, check_optimizer, check_recipe, check_strategy
 from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
+from stable_opd.teachers.base import check_served
 from stable_opd.terminal import SEPARATE, SemanticClass, StopRule, TerminalIds, TerminalPolicy, announce
 from stable_opd.terms import LossTerm, check_term_names
 from stable_opd.types import Author, Plan, Prompts, Rollout
@@ -159,6 +160,8 @@ class OPDModule(LightningModule):
         if any(term.needs_reference or term.keeps_reference for term in self.objective.terms.values()):
             # Before a checkpoint is restored: the reference is the initial student.
             self.readers.keep_reference(self.student, adapted=self.adapter is not None)
+        looking = [name for name, each in self.weighting.items() if cast(Weighting, each).needs_scores]
+        check_served(self.readers.teacher, self.objective.terms, looking)
         self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
         if self.mixture.needs_writing_teacher or self.mixture.blends:
             _ = self.readers.teacher.language_model  # refuses if it cannot write
@@ -179,20 +182,11 @@ class OPDModule(LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Shard the models, if the strategy does.
-
-        Raises:
-            ValueError: If a part of the recipe cannot be sharded.
-        """
+        """Shard the models, if the strategy does."""
         strategy, precision = self.trainer.strategy, str(self.trainer.precision)
         if not isinstance(strategy, ShardedStrategy):
             return
-        if self.adapter is not None or self.update_options.offload:
-            raise ValueError(
-                "Expected neither model.adapter nor model.update.offload, because trainer.strategy is sharded, but got "
-                f"adapter {self.adapter} and offload {self.update_options.offload}. Leave them out: each process keeps "
-                "but a part of everything. Or use trainer.strategy: ddp."
-            )
+        check_recipe(self.adapter, self.update_options)
 
         def spread(model: PreTrainedModel) -> None:
             if not is_sharded(model):
@@ -231,18 +225,10 @@ class OPDModule(LightningModule):
         return plan_memory(self.model, self.readers, *options, *sizes, len(self.tokenizer), compute, kept)
 
     def configure_optimizers(self) -> Any:
-        """Make the optimizer and its schedule.
-
-        Raises:
-            ValueError: If it cannot work on sharded weights.
-        """
+        """Make the optimizer and its schedule."""
         optimizer = self.make_optimizer(trained(self.model))
-        if is_sharded(self.model) and type(optimizer).__module__.startswith("bitsandbytes"):
-            raise ValueError(
-                "Expected an optimizer of torch, because trainer.strategy is sharded, but got "
-                f"{type(optimizer).__name__} of bitsandbytes, which knows no sharded weights. Use torch.optim.AdamW: "
-                "each process keeps but a part of its state."
-            )
+        if is_sharded(self.model):
+            check_optimizer(optimizer)
         if self.make_lr_scheduler is None:
             return optimizer
         return [optimizer], [{"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}]

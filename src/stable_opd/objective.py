@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from stable_opd.models import output_head
 from stable_opd.reduce import Aggregation, numerators
-from stable_opd.scoring import HiddenStates, body, micro_batches
+from stable_opd.scoring import HiddenStates, Opinion, body, micro_batches
 from stable_opd.sharding import inside
 from stable_opd.streaming import Part, StreamedLoss, streamed_loss
 from stable_opd.terminal import StopEvent
@@ -118,11 +118,11 @@ class Reading:
     """What the models that do not learn think of the rows of a group; None where no term needs to know.
 
     Attributes:
-        teacher: The teacher's states.
-        reference: The initial student's.
+        teacher: What the teacher thinks.
+        reference: The initial student's states.
     """
 
-    teacher: HiddenStates | None = None
+    teacher: Opinion | None = None
     reference: HiddenStates | None = None
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from stable_opd.models import frozen_copy, output_head
 from stable_opd.objective import Group, Piece, Reading
 from stable_opd.offload import visiting
-from stable_opd.scoring import HiddenStates, body
+from stable_opd.scoring import HiddenStates, Opinion, body
 from stable_opd.sharding import inside, is_sharded
 from stable_opd.students import adapters_off
 from stable_opd.teachers.base import Teacher
@@ -111,7 +111,7 @@ class Readers:
             self._initial(short, vocabulary, rule)
         return [Reading(*each) for each in zip(theirs, initial, strict=True)]
 
-    def _teacher(self, rollout: Rollout, rule: StopRule) -> HiddenStates:
+    def _teacher(self, rollout: Rollout, rule: StopRule) -> Opinion:
         return replace(self.teacher.score(rollout), event=rule.teacher)
 
     def _initial(self, rollout: Rollout, vocabulary: int, rule: StopRule) -> HiddenStates | None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from stable_opd.models import Head, output_head
 from stable_opd.packing import packs
 from stable_opd.terminal import StopEvent
-from stable_opd.types import Rollout
+from stable_opd.types import Rollout, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,70 @@ class HiddenStates:
     states: Tensor
     head: Head
     event: StopEvent | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KnownLogprobs:
+    """What is known of a model that is not in this process: the written tokens, and its likeliest ones.
+
+    Attributes:
+        written: The completion tokens, (N,).
+        sampled: Log-prob of each, (N,) float32.
+        tokens: The model's K likeliest tokens at each place, likeliest first, (N, K); K may be 0.
+        logprobs: Log-prob of each of these, (N, K) float32.
+        event: The terminal ids that its log-probs have as one. Those that are not among the known ones add nothing to
+            it, so its log-prob is a lower bound; what is missing is less than the K-th probability for each.
+    """
+
+    written: Tensor
+    sampled: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    event: StopEvent | None = None
+
+    def at(self, tile: slice | Tensor, tokens: Tensor) -> Scores:
+        """Return what is known of some places, whose tokens, (n,), count as those given.
+
+        Raises:
+            ValueError: If the event rules tokens out instead of adding them up, which takes the whole vocabulary.
+        """
+        known = self.tokens[tile], self.logprobs[tile]
+        if self.event is None:
+            return Scores(self.sampled[tile], top=known)
+        if not self.event.adds:
+            raise ValueError("Expected an event that adds up its tokens, because the whole vocabulary is not known.")
+        members = torch.tensor([self.event.token, *self.event.others], device=tokens.device)
+        written, sampled = self.written[tile], self.sampled[tile]
+        apart = torch.isin(written, members) & ~(known[0] == written[:, None]).any(-1)
+        inside = torch.isin(known[0], members)
+        parts = torch.cat(
+            [known[1].masked_fill(~inside, -torch.inf), sampled[:, None].masked_fill(~apart[:, None], -torch.inf)], -1
+        )
+        total = parts.logsumexp(-1)
+        renamed = torch.isin(tokens, members[1:])
+        sampled = torch.where(tokens == self.event.token, total, sampled.masked_fill(renamed, self.event.rest))
+        return Scores(sampled, top=self._merged(*known, inside, total, members))
+
+    def _merged(
+        self, tokens: Tensor, logprobs: Tensor, inside: Tensor, total: Tensor, members: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the likeliest tokens with the event as one of them, (n, K) each, in order."""
+        assert self.event is not None
+        # What the event stands for takes the names of its other tokens, which do not occur any more; if all of it is
+        # known, there is a name too few, and the one that is left over goes.
+        number = inside.cumsum(-1) - 1
+        names = torch.cat([members[1:], members[:1]])
+        rest = torch.where(number < len(members) - 1, self.event.rest, -torch.inf)
+        tokens = tokens.where(~inside, names[number.clamp(min=0)])
+        logprobs = logprobs.where(~inside, rest)
+        ids = torch.cat([torch.full_like(total[:, None], self.event.token, dtype=torch.long), tokens], -1)
+        best, order = torch.cat([total[:, None], logprobs], -1).sort(dim=-1, descending=True, stable=True)
+        k = tokens.shape[-1]
+        return ids.gather(-1, order)[:, :k], best[:, :k]
+
+
+#: What a model thinks of some positions.
+Opinion = HiddenStates | KnownLogprobs
 
 
 def micro_batches(rollout: Rollout, rows: Tensor, max_tokens: int, padded: bool = False) -> list[Tensor]:

@@ -14,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from stable_opd import shards
+from stable_opd.options import UpdateOptions
 from stable_opd.sharding import spread_like
+from stable_opd.students import LoRA
 
 #: The name of the strategy in a configuration.
 NAME = "sharded"
@@ -140,4 +142,36 @@ def check_strategy(strategy: Strategy | str | None, precision: str | None = None
         raise ValueError(
             f"Expected a trainer.precision of {', '.join(PRECISIONS)} for trainer.strategy: {NAME}, but got "
             f"{precision}. Use bf16-mixed."
+        )
+
+
+def check_recipe(adapter: LoRA | None, update: UpdateOptions) -> None:
+    """Refuse what does not go with sharded weights.
+
+    Args:
+        adapter: Of the student.
+        update: How it learns.
+
+    Raises:
+        ValueError: If something does not.
+    """
+    if adapter is not None or update.offload:
+        raise ValueError(
+            f"Expected neither model.adapter nor model.update.offload, because trainer.strategy is {NAME}, but got "
+            f"adapter {adapter} and offload {update.offload}. Leave them out: each process keeps but a part of "
+            "everything. Or use trainer.strategy: ddp."
+        )
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that cannot update sharded weights.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        raise ValueError(
+            f"Expected an optimizer of torch, because trainer.strategy is {NAME}, but got {type(optimizer).__name__} "
+            "of bitsandbytes, which knows no sharded weights. Use torch.optim.AdamW: each process keeps but a part of "
+            "its state."
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stable_opd.diagnostics import Diagnostics
 from stable_opd.models import Head, product
-from stable_opd.scoring import HiddenStates
+from stable_opd.scoring import HiddenStates, KnownLogprobs, Opinion
 from stable_opd.terms import LossTerm
 from stable_opd.types import NOT_SCORED, Evidence, Scores, TokenLoss
 
@@ -43,7 +43,7 @@ class Part:
     terms: Mapping[str, LossTerm]
     evidence: Evidence
     shares: Mapping[str, Tensor]
-    teacher: HiddenStates | None = None
+    teacher: Opinion | None = None
     reference: HiddenStates | None = None
     diagnose: bool = False
 
@@ -245,14 +245,14 @@ class _Job:
         terms = {name: term for name, term in part.terms.items() if _follows_rows(term)}
         if not terms:
             return None
-        leaf = _collect(part, student).requires_grad_()
+        leaf = _collect(part, student, student).requires_grad_()
         needs_teacher = part.teacher is not None and any(term.needs_teacher for term in terms.values())
         needs_reference = part.reference is not None and any(term.needs_reference for term in terms.values())
         evidence = part.evidence.seen(
             slice(None),
             Scores(leaf),
-            Scores(_collect(part, part.teacher)) if part.teacher and needs_teacher else NOT_SCORED,
-            Scores(_collect(part, part.reference)) if part.reference and needs_reference else NOT_SCORED,
+            Scores(_collect(part, part.teacher, student)) if part.teacher and needs_teacher else NOT_SCORED,
+            Scores(_collect(part, part.reference, student)) if part.reference and needs_reference else NOT_SCORED,
         )
         return self._differentiate(terms, evidence, part.shares, slice(None), leaf)
 
@@ -265,9 +265,9 @@ class _Job:
         del logits  # as large as the tile
         needs_teacher = part.diagnose or any(term.needs_teacher for term in terms.values())
         needs_reference = any(term.needs_reference for term in terms.values())
-        teacher = scores("teacher", part.teacher, tile, tokens)[0] if part.teacher and needs_teacher else NOT_SCORED
+        teacher = opinion("teacher", part.teacher, tile, tokens) if part.teacher and needs_teacher else NOT_SCORED
         initial = part.reference if needs_reference else None
-        reference = NOT_SCORED if initial is None else scores("reference", initial, tile, tokens)[0]
+        reference = NOT_SCORED if initial is None else opinion("reference", initial, tile, tokens)
         gradient.add_slope(slope)
         evidence = part.evidence.seen(tile, ours, teacher, reference)
         if part.diagnose:
@@ -327,13 +327,29 @@ def tiles(count: int, model: HiddenStates) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _collect(part: Part, model: HiddenStates) -> Tensor:
-    """Return a model's log-probs of the written tokens, (n,)."""
+def _collect(part: Part, model: Opinion, student: HiddenStates) -> Tensor:
+    """Return a model's log-probs of the written tokens, (n,), in tiles that suit the student."""
     tokens = part.evidence.tokens
-    return torch.cat([scores("student", model, tile, tokens[tile])[0].sampled for tile in tiles(len(part), model)])
+    return torch.cat([opinion("student", model, tile, tokens[tile]).sampled for tile in tiles(len(part), student)])
 
 
-def scores(name: str, model: HiddenStates, tile: slice, tokens: Tensor) -> tuple[Scores, Tensor]:
+def opinion(name: str, model: Opinion, tile: slice | Tensor, tokens: Tensor) -> Scores:
+    """Return what a model says about a tile; each name has memory of its own."""
+    return model.at(tile, tokens) if isinstance(model, KnownLogprobs) else scores(name, model, tile, tokens)[0]
+
+
+@torch.no_grad()
+def known_logprobs(model: HiddenStates, tokens: Tensor, k: int) -> KnownLogprobs:
+    """Return the log-probs of the written tokens, (N,), and the k likeliest tokens with theirs, (N, k) each."""
+    found = []
+    for tile in tiles(len(tokens), model):
+        tile_scores = scores("teacher", model, tile, tokens[tile])[0]
+        found.append((tile_scores.sampled, *tile_scores.top(k)))
+    sampled, best, logprobs = (torch.cat(each) for each in zip(*found, strict=True))
+    return KnownLogprobs(tokens, sampled, best, logprobs)
+
+
+def scores(name: str, model: HiddenStates, tile: slice | Tensor, tokens: Tensor) -> tuple[Scores, Tensor]:
     """Return what a model says about a tile, and the logits; each name has memory of its own, the logits share one."""
     states = model.states[tile]
     shape = len(states), len(model.head.weight), states.device

@@ -22,6 +22,8 @@ class LossTerm(Component, nn.Module):
     #: of the student's, but of the teacher its likeliest tokens alone (`Scores.top`), in tiles. "full": everything, in
     #: tiles.
     support: Support = "sampled"
+    #: For "topk": how many of the teacher's likeliest tokens are read.
+    k: int = 0
     needs_teacher: bool = False
     needs_reference: bool = False
     #: The reference has to be there, though it need not read anything for this term.

@@ -203,14 +203,37 @@ class Scores:
         logprobs: Log-probs of the whole vocabulary, (n, V) float32; its memory is that of the next tile too, so it is
             not to be kept.
         room: Memory for the probabilities, (n, V); none takes new.
+        top: The likeliest tokens and their log-probs, (n, K) each, likeliest first, where these are all that is known.
     """
 
     def __init__(
-        self, sampled: Tensor | None = None, logprobs: Tensor | None = None, room: Tensor | None = None
+        self,
+        sampled: Tensor | None = None,
+        logprobs: Tensor | None = None,
+        room: Tensor | None = None,
+        top: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._sampled = sampled
         self._logprobs = logprobs
         self._room = room
+        self._top = top
+
+    @property
+    def whole(self) -> bool:
+        """Whether the whole vocabulary is known."""
+        return self._logprobs is not None
+
+    @property
+    def known(self) -> int:
+        """How many of the likeliest tokens are known."""
+        if self._top is not None:
+            return self._top[0].shape[-1]
+        return 0 if self._logprobs is None else self._logprobs.shape[-1]
+
+    def at(self, places: slice) -> "Scores":
+        """Return the scores of some of the positions."""
+        sampled, logprobs = (None if each is None else each[places] for each in (self._sampled, self._logprobs))
+        return Scores(sampled, logprobs, top=self._top and (self._top[0][places], self._top[1][places]))
 
     @property
     def sampled(self) -> Tensor:
@@ -233,9 +256,31 @@ class Scores:
         return self._logprobs
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
-        """Return the k likeliest tokens, likeliest first, and their log-probs, (n, k) each; all V if k is larger."""
-        logprobs, tokens = self.logprobs.topk(min(k, self.logprobs.shape[-1]), -1)
-        return tokens, logprobs
+        """Return the k likeliest tokens, likeliest first, and their log-probs, (n, k) each; all V if k is larger.
+
+        Raises:
+            ValueError: If fewer are known.
+        """
+        if self._top is None:
+            logprobs, tokens = self.logprobs.topk(min(k, self.logprobs.shape[-1]), -1)
+            return tokens, logprobs
+        tokens, logprobs = self._top
+        if k > tokens.shape[-1]:
+            raise ValueError(
+                f"Expected the {k} likeliest tokens, but {tokens.shape[-1]} are known of this model. Lower the k of "
+                "the component, or raise that of model.teacher."
+            )
+        return tokens[:, :k], logprobs[:, :k]
+
+    def mass(self, tokens: Sequence[int]) -> Tensor:
+        """Return the probability of some tokens together, (n,); of those that are not known, nothing is counted."""
+        if self._top is None:
+            # Column by column: an index of several would have to be copied to the device, which would have to wait.
+            known = [self.logprobs[:, token].exp() for token in tokens if token < self.logprobs.shape[-1]]
+            return torch.stack(known).sum(0) if known else torch.zeros_like(self.logprobs[:, 0])
+        ids, logprobs = self._top
+        wanted = torch.isin(ids, torch.tensor(list(tokens), device=ids.device))
+        return (logprobs.exp() * wanted).sum(-1)
 
     @cached_property
     def probs(self) -> Tensor:

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from stable_opd.data import collate
-from stable_opd.diagnostics import Diagnostics, stop_mass
+from stable_opd.diagnostics import Diagnostics
 from stable_opd.examples import Example
 from stable_opd.mixtures.student import student_rows
 from stable_opd.models import output_head
 from stable_opd.packing import packs
 from stable_opd.randomness import global_seed
 from stable_opd.rollouts import Writers
-from stable_opd.scoring import HiddenStates, body, micro_batches
-from stable_opd.streaming import scores, tiles
+from stable_opd.scoring import HiddenStates, Opinion, body, micro_batches
+from stable_opd.streaming import opinion, tiles
 from stable_opd.types import NOT_SCORED, Author, Evidence, Plan, Rollout
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def measure(module: "OPDModule", examples: Sequence[Example], teacher_stop: Sequ
     )
 
 
-def _read(module: "OPDModule", rollout: Rollout) -> Iterator[tuple[Rollout, HiddenStates, HiddenStates]]:
+def _read(module: "OPDModule", rollout: Rollout) -> Iterator[tuple[Rollout, HiddenStates, Opinion]]:
     """Yield some rows at a time, with what student and teacher think of their completion tokens."""
     rows, size = torch.arange(len(rollout), device=rollout.lengths.device), module.update_options.micro_batch_tokens
     teacher, head = module.readers.teacher, output_head(module.model, len(module.tokenizer)).detached()
@@ -98,7 +98,7 @@ def _read(module: "OPDModule", rollout: Rollout) -> Iterator[tuple[Rollout, Hidd
             yield part, HiddenStates(body(module.model, part), head), teacher.score(part)
 
 
-def _compare(found: Diagnostics, part: Rollout, ours: HiddenStates, theirs: HiddenStates) -> None:
+def _compare(found: Diagnostics, part: Rollout, ours: HiddenStates, theirs: Opinion) -> None:
     """Collect what student and teacher say of the tokens of some rows."""
     evidence = Evidence(
         tokens=part.completion,
@@ -114,7 +114,7 @@ def _compare(found: Diagnostics, part: Rollout, ours: HiddenStates, theirs: Hidd
         for tile in tiles(count, ours):
             tokens = evidence.tokens[tile]
             student, teacher = (
-                scores(name, states, tile, tokens)[0] for name, states in (("student", ours), ("teacher", theirs))
+                opinion(name, model, tile, tokens) for name, model in (("student", ours), ("teacher", theirs))
             )
             found.add(evidence.seen(tile, student, teacher, NOT_SCORED), tile.start, count)
 
@@ -132,7 +132,10 @@ def _endings(
     for part, ours, theirs in _read(module, golden):
         ends = part.lengths.cumsum(0) - 1
         with torch.autocast(ours.states.device.type, enabled=False):
-            p, q = (each.head.logits(each.states[ends]).log_softmax(-1) for each in (ours, theirs))
-        masses.append(torch.stack([stop_mass(p, module.stop), stop_mass(q, module.stop), stop_mass(q, teacher_stop)]))
+            p, q = (
+                opinion(name, model, ends, part.completion[ends])
+                for name, model in (("student", ours), ("teacher", theirs))
+            )
+            masses.append(torch.stack([p.mass(module.stop), q.mass(module.stop), q.mass(teacher_stop)]))
     student, teacher, own = torch.cat(masses, -1).median(-1).values.tolist()
     return student, teacher, own

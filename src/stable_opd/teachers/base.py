@@ -1,7 +1,7 @@
 """The contract of a teacher: who scores the student's tokens."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stable_opd.registry import Component
-from stable_opd.scoring import HiddenStates
+from stable_opd.scoring import Opinion
+from stable_opd.terms import SUPPORTS, LossTerm, Support
 from stable_opd.types import Rollout
 
 
@@ -17,6 +18,11 @@ class Teacher(Component):
     """Who scores the student's tokens; it serves and does not learn, so it is no module and is in no checkpoint."""
 
     kind: ClassVar[str] = "teacher"
+
+    #: The most that its scores tell (`LossTerm.support`); likeliest tokens come with the written ones.
+    support: Support = "full"
+    #: How many of its likeliest tokens it tells; None for all.
+    k: int | None = None
 
     @abstractmethod
     def setup(self, student: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
@@ -71,10 +77,55 @@ class Teacher(Component):
         return None
 
     @abstractmethod
-    def score(self, rollout: Rollout) -> HiddenStates:
-        """Read some rows and return the hidden states from which their completion tokens are predicted."""
+    def score(self, rollout: Rollout) -> Opinion:
+        """Read some rows.
+
+        Returns:
+            The hidden states from which their completion tokens are predicted, or what is known of a model elsewhere.
+        """
 
     @property
     @abstractmethod
     def context_length(self) -> int | None:
         """How many tokens the teacher can read, or None if it does not say."""
+
+
+def check_served(teacher: Teacher, terms: Mapping[str, LossTerm], comparing: Sequence[str] = ()) -> None:
+    """Make sure that a teacher tells what the terms read.
+
+    Args:
+        teacher: Who is asked.
+        terms: Who asks, by name.
+        comparing: Names of weightings that compare whole distributions.
+
+    Raises:
+        ValueError: If it does not; the message says who reads more.
+    """
+    name, most = type(teacher).__name__, SUPPORTS.index(teacher.support)
+    for key, term in terms.items():
+        what = f"{type(term).__name__} ({key})"
+        if term.needs_teacher and SUPPORTS.index(term.support) > most:
+            raise ValueError(
+                f"Expected a teacher that tells what {what} reads, which is {_READS[term.support]}, but {name} tells "
+                f"{_READS[teacher.support]}. Choose a component of another support (`stable-opd list` has a column "
+                "for it), or a LocalTeacher."
+            )
+        parts = [each for each in term.modules() if isinstance(each, LossTerm) and each.support == "topk"]
+        k = max((each.k for each in parts if each.needs_teacher), default=0)
+        if teacher.k is not None and k > teacher.k:
+            raise ValueError(
+                f"Expected a teacher that tells its {k} likeliest tokens, for {what}, but {name} tells "
+                f"{teacher.k}. Raise model.teacher.k, or lower the k of the component."
+            )
+    if comparing and teacher.support != "full":
+        raise ValueError(
+            f"Expected a teacher that tells {_READS['full']}, because {' and '.join(comparing)} compares the student "
+            f"with it, but {name} tells {_READS[teacher.support]}. Leave the weighting out, or use a LocalTeacher."
+        )
+
+
+_READS = {
+    "sampled": "the log-probs of the written tokens",
+    "topk": "the likeliest tokens",
+    "full": "the whole vocabulary",
+}
