@@ -270,8 +270,11 @@ def test_a_description_of_shards_that_holds_an_object_does_not_make_it(two, tmp_
     folder = tmp_path / "last-step=4.ckpt"
     shutil.copytree("runs/two/version_0/checkpoints/last-step=4.ckpt", folder)
     (folder / ".metadata").write_bytes(pickle.dumps(Unpickled()))
-    with pytest.raises(pickle.UnpicklingError, match="it holds the object"):
-        shards.read(folder, lambda size, dtype: torch.empty(size, dtype=dtype))
+    plain = torch.load(folder / "meta.pt", weights_only=True)
+    plain["sharded_files"][".metadata"] = shards._fingerprint(folder / ".metadata")
+    torch.save(plain, folder / "meta.pt")
+    with pytest.raises(ValueError, match=r"Expected a whole checkpoint of plain values.*it holds the object builtins"):
+        check_whole(folder)
     assert not Unpickled.called
 
 

@@ -85,17 +85,24 @@ def read(
 
 
 def flaws(folder: Path, plain: dict[str, Any]) -> Iterator[str]:
-    """Return in which ways the shards are not what was written.
+    """Yield in which ways the shards are not what was written.
 
     Args:
         folder: Of the checkpoint.
         plain: What its file `PLAIN` holds.
+
+    Raises:
+        UnpicklingError: If what describes them holds something else.
     """
-    for name, fingerprint in plain.get(FILES, {}).items():
+    if FILES not in plain:
+        yield "it does not say which parts it has"
+        return
+    for name, fingerprint in plain[FILES].items():
         if not (folder / name).is_file():
             yield f"its part {name} is missing"
         elif _fingerprint(folder / name) != list(fingerprint):
             yield f"the part {name} is not what was written"
+    _Reader(folder).read_metadata()
 
 
 def gathered(checkpoint: Any, keep: bool) -> Any:
