@@ -95,13 +95,14 @@ def glance(
     found = torch.zeros(4, count, dtype=torch.float32, device=student.device)  # whatever the default is
     learning = student.training
     student.eval()
+    head = inside(student, partial(_head, student, vocabulary))  # it stays gathered, if it has to be
     for piece, answers in zip(work, readings, strict=True):
         states, start = inside(student, partial(body, student, piece.rollout)), 0
         for group, reading in zip(piece.groups, answers, strict=True):
             ours = states[start : start + len(group.places)]
             start += len(group.places)
             if group.on_policy:
-                found[:, group.places] = _seen(group, reading, HiddenStates(ours, _head(student, vocabulary), event))
+                found[:, group.places] = _seen(group, reading, HiddenStates(ours, head, event))
     student.train(learning)
     reshard(student)
     return Glance(*found)

@@ -38,7 +38,7 @@ from stable_opd.repetition import RepetitionDetector
 from stable_opd.reporting import StepReport
 from stable_opd.rollouts import Writers
 from stable_opd.samplers import Sampler, Temperature
-from stable_opd.sharding import InferenceCopy, is_sharded, shard
+from stable_opd.sharding import InferenceCopy, is_sharded, load_state, shard
 from stable_opd.stopwatch import Stopwatch
 from stable_opd.strategy import ShardedStrategy, check_optimizer, check_recipe, check_strategy
 from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
@@ -327,7 +327,7 @@ class OPDModule(LightningModule):
                 f"Expected a checkpoint with a reference, because model.reference is {type(self.reference).__name__}, "
                 "but got one of a run whose reference did not move. Resume with the reference of that run."
             )
-        self.readers.reference.load_state_dict(checkpoint["reference"])
+        load_state(self.readers.reference, checkpoint["reference"])
 
     def on_validation_start(self) -> None:
         """Have the student's weights together, before one process has more to answer than another."""

@@ -7,14 +7,14 @@ is whole (`InferenceCopy`).
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 Result = TypeVar("Result")
@@ -88,10 +88,20 @@ def spread_like(value: Any, model: Any) -> Any:
         return value
     if value.shape != model.shape:
         return value
-    from torch.distributed.tensor import distribute_tensor
-
     # Every process has all of it, so nothing is sent.
     return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
+    """Let a module take its state, of which each process keeps its part where the module does.
+
+    Args:
+        module: Sharded or not, in whole or in part.
+        state: Tensors that are whole, or spread in the same way.
+        strict: Whether the names have to be the same.
+    """
+    own = dict(module.named_parameters(remove_duplicate=False))
+    module.load_state_dict({name: spread_like(each, own.get(name)) for name, each in state.items()}, strict=strict)
 
 
 class InferenceCopy:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from stable_opd import shards
 from stable_opd.options import UpdateOptions
-from stable_opd.sharding import spread_like
+from stable_opd.sharding import load_state, spread_like
 from stable_opd.students import LoRA
 
 #: The name of the strategy in a configuration.
@@ -91,11 +91,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Let the module take its state."""
-        module = self.lightning_module
-        assert module is not None
-        own = dict(module.named_parameters(remove_duplicate=False))
-        state = {name: spread_like(each, own.get(name)) for name, each in checkpoint["state_dict"].items()}
-        module.load_state_dict(state, strict=strict)
+        assert self.lightning_module is not None
+        load_state(self.lightning_module, checkpoint["state_dict"], strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Let the optimizers take their state."""
