@@ -109,7 +109,8 @@ class Learner:
             rows = rollout.lengths.argmax()[None]
         objective, padded, event = self.objective.awake(), not packs(self.model), self.rule.student
         cutting = Cutting(self.options.micro_batch_tokens, padded, moment.progress, self.stop, event)
-        pieces = list(cut(rollout, repetition, objective, cutting, rows))
+        parts = self.readers.teacher.apart(rollout, rows)  # a micro-batch is for one model of the teacher's
+        pieces = [piece for part in parts for piece in cut(rollout, repetition, objective, cutting, part)]
         if is_sharded(self.model):
             idle = idle_piece(rollout, repetition, cutting, int(rows[0]))
             pieces = in_step(pieces, idle, self.readers.readings, processes.largest)

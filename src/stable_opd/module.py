@@ -38,14 +38,15 @@ from stable_opd.repetition import RepetitionDetector
 from stable_opd.reporting import StepReport
 from stable_opd.rollouts import Writers
 from stable_opd.samplers import Sampler, Temperature
-from stable_opd.sharding import InferenceCopy, is_sharded, load_state, shard
+from stable_opd.sharding import InferenceCopy, is_sharded, load_state
 from stable_opd.skips import Case, Skips, undone_if_it_fails
 from stable_opd.stopwatch import Stopwatch
 from stable_opd.strategy import ShardedStrategy, check_optimizer, check_recipe, check_strategy
 from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
-from stable_opd.teachers.base import check_served
+from stable_opd.teachers.base import NOBODY, check_served
+from stable_opd.teachers.introduction import Answers, introduce
 from stable_opd.terminal import SEPARATE, SemanticClass, StopRule, TerminalIds, TerminalPolicy, announce
 from stable_opd.terms import LossTerm, check_term_names
 from stable_opd.types import Author, Plan, Prompts, Rollout
@@ -57,7 +58,7 @@ class OPDModule(LightningModule):
 
     Args:
         student: The model that learns: a folder, a hub name, or ``testbed:student``.
-        teacher: Who scores the student's tokens.
+        teacher: Who scores the student's tokens; null where nobody has to, as in fine-tuning alone.
         divergence: What pulls the student to the teacher.
         mixture: Whose text the student learns from.
         repetition: Which tokens count as repeated.
@@ -78,7 +79,7 @@ class OPDModule(LightningModule):
     def __init__(  # noqa: PLR0913  # one for each part of a recipe
         self,
         student: str,
-        teacher: Teacher,
+        teacher: Teacher | None,
         divergence: Divergence,
         mixture: Mixture,
         repetition: RepetitionDetector,
@@ -113,7 +114,7 @@ class OPDModule(LightningModule):
         self.reference, self.terminal = reference or InitialStudent(), terminal or SemanticClass()
         self.stop_rule = SEPARATE  # until the models are there
         # What serves and does not learn stays out of the module's parameters and checkpoints.
-        self.readers = Readers(teacher, "reference" in update.offload)
+        self.readers = Readers(teacher or NOBODY, "reference" in update.offload)
         self.copy: InferenceCopy | None = None  # where the student is sharded
         self.engine = engine or InProcessEngine()
         self.report = StepReport(rollout.max_new_tokens)
@@ -137,6 +138,12 @@ class OPDModule(LightningModule):
     def present_mixture(self) -> Mixture:
         """The mixture, or the student alone while the mixture rests."""
         return self.mixture if self.mixture.strength else StudentOnly()
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether there are rows that the teacher has to score, to write, or to have a say in."""
+        terms = [self.mixture, *(self.objective.own.values() if self.rollout_options.samples_per_prompt else ())]
+        return any(each.needs_teacher for each in terms) or self.mixture.needs_writing_teacher or self.mixture.blends
 
     @property
     def progress(self) -> float:
@@ -163,8 +170,13 @@ class OPDModule(LightningModule):
             # Before a checkpoint is restored: the reference is the initial student.
             self.readers.keep_reference(self.student, adapted=self.adapter is not None)
         looking = [name for name, each in self.weighting.items() if cast(Weighting, each).needs_scores]
-        check_served(self.readers.teacher, self.objective.terms, looking)
-        self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
+        if self.asks_teacher:
+            check_served(self.readers.teacher, self.objective.terms, looking)
+            golden = self.mixture.needs_teacher
+            answers = Answers(getattr(self._trainer, "datamodule", None), self.rollout_options.max_new_tokens, golden)
+            introduce(self.readers.teacher, self.student_path, self.student, self.tokenizer, self.device, answers)
+        else:
+            self.readers.teacher = NOBODY  # so that none is loaded
         if self.mixture.needs_writing_teacher or self.mixture.blends:
             _ = self.readers.teacher.language_model  # refuses if it cannot write
         ids = TerminalIds.of(self.stop, self.readers.teacher.stop_ids, self.tokenizer)
@@ -185,21 +197,15 @@ class OPDModule(LightningModule):
 
     def configure_model(self) -> None:
         """Shard the models, if the strategy does."""
-        strategy, precision = self.trainer.strategy, str(self.trainer.precision)
+        strategy = self.trainer.strategy
         if not isinstance(strategy, ShardedStrategy):
             return
         check_recipe(self.adapter, self.update_options)
-
-        def spread(model: PreTrainedModel) -> None:
-            if not is_sharded(model):
-                shard(model, strategy.processes, precision)
-
-        if not is_sharded(self.model):
-            self.copy = InferenceCopy(self.model, strategy.root_device)
-        spread(self.model)
+        self.copy = self.copy or InferenceCopy(self.model, strategy.root_device, str(self.trainer.precision))
+        strategy.spread(self.model)
         if self.trainer.state.fn == TrainerFn.FITTING:
             # One that writes has to be whole, as a process cannot wait for the others in the middle of an answer.
-            self.readers.shard(spread, teacher=not (self.mixture.needs_writing_teacher or self.mixture.blends))
+            self.readers.shard(strategy.spread, not (self.mixture.needs_writing_teacher or self.mixture.blends))
 
     def place(self) -> None:
         """Move what the module does not own to the device, in the student's precision."""
@@ -237,7 +243,7 @@ class OPDModule(LightningModule):
 
     def writer(self) -> PreTrainedModel:
         """Return the student as engines need it, whole on each process; if it is sharded, all have to call this."""
-        return self.model if self.copy is None else self.copy.fill(self.model, str(self.trainer.precision))
+        return self.model if self.copy is None else self.copy.fill(self.model)
 
     def write(
         self, prompts: Prompts, plan: Plan, sampler: Sampler, *key_parts: int | str, learning: bool = False
@@ -255,7 +261,9 @@ class OPDModule(LightningModule):
         teacher = self.readers.teacher if learning else None
         budget = self.rollout_options.max_new_tokens
         rule = self.stop_rule if learning else SEPARATE
-        writers = Writers(self.writer(), self.tokenizer, self.engine, budget, self.stop_rule.stop, teacher, rule)
+        columns = teacher.columns if teacher else ()
+        stop = self.stop_rule.stop
+        writers = Writers(self.writer(), self.tokenizer, self.engine, budget, stop, teacher, rule, columns)
         mixture = self.present_mixture
         with teacher.present() if teacher and mixture.blends else nullcontext():
             blend = None
@@ -276,7 +284,7 @@ class OPDModule(LightningModule):
             mixture = self.present_mixture
             plan = mixture.plan(batch, samples, self.progress, self.global_step)
             written = self.write(batch, plan, self.sampler, self.global_step, learning=True)
-            self._release()
+            self.on_predict_end()
             written = mixture.revise(written, self.global_step)
             found = self.repetition(written)
             rollout, repetition = self.policies.replace(written, found, batch, self.stop_rule.stop)
@@ -358,7 +366,7 @@ class OPDModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the evaluation; the one before the first step is that of the initial student."""
-        self._release()
+        self.on_predict_end()
         figures = {f"val/{name}": value for name, value in self.evaluation.compute().items()}
         if not self.trainer.sanity_checking:
             self.log_dict(figures)
@@ -373,7 +381,7 @@ class OPDModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the evaluation."""
-        self._release()
+        self.on_predict_end()
         self.log_dict({f"test/{name}": value for name, value in self.evaluation.compute().items()})
 
     def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
@@ -386,10 +394,7 @@ class OPDModule(LightningModule):
         return {name: part for name, part in self.named_children() if part is not self.student}
 
     def on_predict_end(self) -> None:
-        """As in validation."""
-        self._release()
-
-    def _release(self) -> None:
+        """Give up the student's weights."""
         if self.copy is not None:
             self.copy.release()
 

@@ -110,29 +110,25 @@ class InferenceCopy:
     Args:
         model: The model before it is sharded.
         device: Where it writes.
+        precision: Of the trainer; with ``bf16-mixed`` the weights are gathered in bfloat16.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device, precision: str) -> None:
         memo: dict[int, Any] = {
             id(each): nn.Parameter(each.new_empty(0), requires_grad=False) for each in model.parameters()
         }
         self.model: PreTrainedModel = copy.deepcopy(model, memo).eval()
         nn.Module.to(self.model, device)
-        self.filled = False
+        self.filled, self.mixed = False, precision == "bf16-mixed"
 
     @torch.no_grad()
-    def fill(self, sharded: PreTrainedModel, precision: str) -> PreTrainedModel:
-        """Gather the weights, unless they are there; every process has to call it.
-
-        Args:
-            sharded: The model as it learns.
-            precision: Of the trainer; with ``bf16-mixed`` the weights are gathered in bfloat16.
-        """
+    def fill(self, sharded: PreTrainedModel) -> PreTrainedModel:
+        """Gather the weights of the model as it learns, unless they are there; every process has to call it."""
         if not self.filled:
             reshard(sharded)
             with torch.inference_mode(False):
                 for name, each in sharded.named_parameters():
-                    part = each.detach().to(torch.bfloat16) if precision == "bf16-mixed" else each.detach()
+                    part = each.detach().to(torch.bfloat16) if self.mixed else each.detach()
                     self.model.get_parameter(name).data = whole(part)
             self.filled = True
         return self.model

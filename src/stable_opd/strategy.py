@@ -12,10 +12,11 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from stable_opd import shards
 from stable_opd.options import UpdateOptions
-from stable_opd.sharding import load_state, spread_like
+from stable_opd.sharding import is_sharded, load_state, shard, spread_like
 from stable_opd.students import LoRA
 
 #: The name of the strategy in a configuration.
@@ -48,6 +49,11 @@ class ShardedStrategy(ModelParallelStrategy):
     def processes(self) -> DeviceMesh:
         """All processes, in one dimension."""
         return self.device_mesh["data_parallel"]
+
+    def spread(self, model: PreTrainedModel) -> None:
+        """Spread the weights of a model over the processes, unless they are."""
+        if not is_sharded(model):
+            shard(model, self.processes, str(self.precision_plugin.precision))
 
     @property
     def lightning_restore_optimizer(self) -> bool:

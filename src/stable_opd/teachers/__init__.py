@@ -1,6 +1,10 @@
 """Who scores the student's tokens."""
 
 from stable_opd.teachers.base import Teacher
+from stable_opd.teachers.cached import CachedTeacher
 from stable_opd.teachers.local import LocalTeacher
+from stable_opd.teachers.myself import SelfTeacher
+from stable_opd.teachers.privileged import PrivilegedTeacher
+from stable_opd.teachers.routed import RoutedTeacher
 
-__all__ = ["LocalTeacher", "Teacher"]
+__all__ = ["CachedTeacher", "LocalTeacher", "PrivilegedTeacher", "RoutedTeacher", "SelfTeacher", "Teacher"]
