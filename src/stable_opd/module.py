@@ -204,7 +204,6 @@ class OPDModule(LightningModule):
         self.copy = self.copy or InferenceCopy(self.model, strategy.root_device, str(self.trainer.precision))
         strategy.spread(self.model)
         if self.trainer.state.fn == TrainerFn.FITTING:
-            # One that writes has to be whole, as a process cannot wait for the others in the middle of an answer.
             self.readers.shard(strategy.spread, not (self.mixture.needs_writing_teacher or self.mixture.blends))
 
     def place(self) -> None:
@@ -235,8 +234,7 @@ class OPDModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make the optimizer and its schedule."""
         optimizer = self.make_optimizer(trained(self.model))
-        if is_sharded(self.model):
-            check_optimizer(optimizer)
+        check_optimizer(optimizer, is_sharded(self.model))
         if self.make_lr_scheduler is None:
             return optimizer
         return [optimizer], [{"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}]

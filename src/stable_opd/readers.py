@@ -61,7 +61,8 @@ class Readers:
 
         Args:
             spread: Does it to a model, in place.
-            teacher: Whether to do it to the teacher too.
+            teacher: Whether to do it to the teacher too. One that writes has to be whole, as a process cannot wait for
+                the others in the middle of an answer.
         """
         if self.reference is not None:
             spread(self.reference)

@@ -166,13 +166,17 @@ def check_recipe(adapter: LoRA | None, update: UpdateOptions) -> None:
         )
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
+def check_optimizer(optimizer: Optimizer, sharded: bool) -> None:
     """Refuse an optimizer that cannot update sharded weights.
+
+    Args:
+        optimizer: Of the student.
+        sharded: Whether its weights are.
 
     Raises:
         ValueError: If it cannot.
     """
-    if type(optimizer).__module__.startswith("bitsandbytes"):
+    if sharded and type(optimizer).__module__.startswith("bitsandbytes"):
         raise ValueError(
             f"Expected an optimizer of torch, because trainer.strategy is {NAME}, but got {type(optimizer).__name__} "
             "of bitsandbytes, which knows no sharded weights. Use torch.optim.AdamW: each process keeps but a part of "
