@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
 from stable_opd import shards
+from stable_opd.bench.yamls import load_file
 from stable_opd.models import load_model, load_tokenizer
+from stable_opd.resume import check_whole, peek
 from stable_opd.students import LoRA, check_adapter, describe_adapter
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,7 +62,7 @@ def write_student(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected an empty folder to write to, but got {folder}. Choose another one, or delete it.")
-    path, adapter = _recipe(config or _config_of(checkpoint))
+    path, adapter = read_recipe(config or _config_of(checkpoint))
     saved = _load(checkpoint)
     state: dict[str, Tensor] = saved["state_dict"]
     student = {name.removeprefix("student."): each for name, each in state.items() if name.startswith("student.")}
@@ -72,7 +73,7 @@ def write_student(
     elif adapter_alone:
         raise ValueError(f"Expected a run with model.adapter, but {checkpoint} holds all weights. Leave out --adapter.")
     else:
-        model.load_state_dict(student)
+        _fill(model, student, path)
     if dtype is not None:
         model.to(dtype)
     if not adapter_alone:
@@ -94,8 +95,27 @@ def _adapted(model: Any, adapter: LoRA, weights: dict[str, Tensor], alone: bool)
     if adapter.quantization is not None and not alone:
         model = model.dequantize(model.dtype)
     wrapped: Any = get_peft_model(model, adapter.config())
-    wrapped.base_model.model.load_state_dict(weights, strict=False)  # the base is not among them
+    _fill(wrapped.base_model.model, weights, "a student with such adapters", adapters=True)
     return wrapped if alone else wrapped.merge_and_unload()
+
+
+def _fill(model: Any, weights: dict[str, Tensor], what: str, adapters: bool = False) -> None:
+    """Give a model its weights; the base of adapters is not among them.
+
+    Raises:
+        ValueError: If they are those of another model.
+    """
+    try:
+        missing, unknown = model.load_state_dict(weights, strict=False)
+        other = [*unknown, *(name for name in missing if not adapters or ".lora_" in name)]
+        why = f"others: {', '.join(other[:3])}"
+    except RuntimeError as error:
+        other, why = ["shapes"], " ".join(str(error).split())[:300]
+    if other:
+        raise ValueError(
+            f"Expected a checkpoint with the weights of {what}, but got {why}. Name the config.yaml of its run with "
+            "--config."
+        )
 
 
 def _load(checkpoint: Path) -> dict[str, Any]:
@@ -103,10 +123,10 @@ def _load(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(
             f"Expected a checkpoint, but there is no whole one at {checkpoint}. Look in the run's checkpoints/."
         )
+    check_whole(checkpoint)
     if checkpoint.is_dir():
         return shards.read(checkpoint, lambda size, dtype: torch.empty(size, dtype=dtype), only={"state_dict"})
-    saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    return saved
+    return peek(checkpoint)
 
 
 def _config_of(checkpoint: Path) -> Path:
@@ -120,10 +140,20 @@ def _config_of(checkpoint: Path) -> Path:
     )
 
 
-def _recipe(config: Path) -> tuple[str, LoRA | None]:
-    """Return path and adapters of a run's student."""
-    if not config.exists():
-        raise ValueError(f"Expected the config.yaml of a run, but there is no {config}.")
-    model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
-    adapter = model.get("adapter")
-    return model["student"], None if adapter is None else LoRA(**adapter)
+def read_recipe(config: Path) -> tuple[str, LoRA | None]:
+    """Return path and adapters of a run's student.
+
+    Raises:
+        ValueError: If a file is no config.yaml of a run.
+    """
+    found = load_file(config, "the config.yaml of a run")
+    model = found.get("model") if isinstance(found, dict) else None
+    student, adapter = (model.get("student"), model.get("adapter")) if isinstance(model, dict) else (None, None)
+    if not isinstance(student, str) or not isinstance(adapter, dict | None):
+        raise ValueError(f"Expected the config.yaml of a run, but got no model.student in {config}. Name another file.")
+    try:
+        return student, None if adapter is None else LoRA(**adapter)
+    except TypeError as error:
+        raise ValueError(
+            f"Expected the settings of adapters in {config}, but got {error}. Mend model.adapter."
+        ) from error
