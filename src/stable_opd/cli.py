@@ -26,6 +26,7 @@ from stable_opd.guard import CollapseGuard
 from stable_opd.hints import hints, options
 from stable_opd.module import OPDModule
 from stable_opd.report.text import visible
+from stable_opd.strategy import check_strategy
 
 #: Trainer values that suit on-policy distillation; a YAML may change them.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -110,6 +111,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; a callback of the same kind in the YAML takes the place of ours."""
         options = self.config_init[self.subcommand].trainer
+        check_strategy(options.strategy)
         callbacks = options.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if options.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):

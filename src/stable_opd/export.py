@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stable_opd import shards
 from stable_opd.bench.yamls import load_file
 from stable_opd.models import load_model, load_tokenizer
 from stable_opd.resume import check_whole, peek
@@ -20,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def export(args: Sequence[str]) -> None:
     """Turn a checkpoint into a folder that transformers and vLLM load."""
     parser = argparse.ArgumentParser("stable-opd export", description=inspect.getdoc(export))
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint of a run, the .ckpt file")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint of a run, the .ckpt file or folder")
     parser.add_argument("folder", type=Path, help="where to write to; made if there is none, and has to be empty")
     parser.add_argument(
         "--adapter", action="store_true", help="write the adapters alone, for peft, and do not merge them"
@@ -49,7 +50,7 @@ def write_student(
     beside these.
 
     Args:
-        checkpoint: A checkpoint file of Lightning.
+        checkpoint: A checkpoint file of Lightning, or the folder of a sharded one.
         folder: Where to write to.
         adapter_alone: Whether to leave the adapters apart from the weights.
         dtype: Precision to write in; none takes that of the initial student, and leaves adapters in float32.
@@ -118,14 +119,13 @@ def _fill(model: Any, weights: dict[str, Tensor], what: str, adapters: bool = Fa
 
 
 def _load(checkpoint: Path) -> dict[str, Any]:
-    if checkpoint.is_dir():
+    if not (checkpoint / shards.PLAIN if checkpoint.is_dir() else checkpoint).exists():
         raise ValueError(
-            f"Expected a checkpoint file, but got the folder {checkpoint}, which holds one in shards. Join them first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {checkpoint}"
+            f"Expected a checkpoint, but there is no whole one at {checkpoint}. Look in the run's checkpoints/."
         )
-    if not checkpoint.exists():
-        raise ValueError(f"Expected a checkpoint file, but there is no {checkpoint}. Look in the run's checkpoints/.")
     check_whole(checkpoint)
+    if checkpoint.is_dir():
+        return shards.read(checkpoint, lambda size, dtype: torch.empty(size, dtype=dtype), only={"state_dict"})
     return peek(checkpoint)
 
 

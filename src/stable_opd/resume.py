@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from stable_opd import shards
 from stable_opd.models import is_finite
 
 Config = Mapping[str, Any]
@@ -62,7 +63,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def check_whole(path: Path) -> None:
     """Make sure that a checkpoint is as it was written, and that it holds plain values.
 
-    Every part of the file has a checksum, which `torch.load` does not look at.
+    Every part of a file has a checksum, which `torch.load` does not look at; so have the files of one in shards.
 
     Raises:
         ValueError: If it is not.
@@ -71,13 +72,12 @@ def check_whole(path: Path) -> None:
         raise ValueError(
             f"Expected a checkpoint on this machine, but there is no {path}. Copy it here, or take --ckpt_path last."
         )
-    file = path / "meta.pt" if path.is_dir() else path  # a sharded strategy writes a folder
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(_plain(path)) as archive:
             packed = next((each.filename for each in archive.infolist() if each.compress_type), None)
             broken = packed or archive.testzip()  # no checkpoint is compressed; unpacked, it could be of any size
         flaw = (
-            _flaw(peek(path), path.is_dir())
+            _flaw(path, peek(path))
             if broken is None
             else f"the part {broken.partition('/')[2]} is not what was written"
         )
@@ -88,22 +88,26 @@ def check_whole(path: Path) -> None:
     raise ValueError(f"Expected a whole checkpoint of plain values, but got {path}: {flaw}. Go on from an earlier one.")
 
 
-def _flaw(saved: Any, sharded: bool) -> str | None:
-    """Return what is wrong with the values of a checkpoint, or None; the weights of a sharded one lie elsewhere."""
-    state = (saved.get("state_dict") or ({} if sharded else None)) if isinstance(saved, dict) else None
+def _flaw(path: Path, saved: Any) -> str | None:
+    """Return what is wrong with a checkpoint that holds some values, or None."""
+    state = saved.get("state_dict") if isinstance(saved, dict) else None
     if not isinstance(state, dict):
         return "it is no checkpoint of Lightning"
     for name, value in state.items():
         if name.startswith("student.") and isinstance(value, torch.Tensor) and not is_finite(value):
             return f"{name} is not finite"
-    return None
+    return next(shards.flaws(path, saved), None) if path.is_dir() else None
 
 
 def peek(path: Path) -> dict[str, Any]:
     """Return what a checkpoint holds, without reading its tensors and without unpickling objects."""
-    file = path / "meta.pt" if path.is_dir() else path
-    found: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    found: dict[str, Any] = torch.load(_plain(path), map_location="cpu", mmap=True, weights_only=True)
     return found
+
+
+def _plain(path: Path) -> Path:
+    """Return the file of a checkpoint that holds plain values; one in shards is a folder."""
+    return path / shards.PLAIN if path.is_dir() else path
 
 
 def newest(folder: Path) -> Path | None:
