@@ -255,7 +255,7 @@ class OPDModule(LightningModule):
         with watch("update"):
             penalties = self.learner.update(self.optimizers(), self.lr_schedulers(), moment)
         scalars = tally.reduced(processes.total, penalties) | comparison
-        self.report.measure(written, found, tally, scalars, watch.seconds, processes.total)
+        self.report.measure(written, found, tally, scalars, watch.seconds, processes.total, self.engine.figures)
         self.report.show(self.trainer)
         self.learner.adapt(scalars, self.report.numbers)
 

@@ -2,5 +2,6 @@
 
 from stable_opd.teachers.base import Teacher
 from stable_opd.teachers.local import LocalTeacher
+from stable_opd.teachers.vllm import VLLMTeacher
 
-__all__ = ["LocalTeacher", "Teacher"]
+__all__ = ["LocalTeacher", "Teacher", "VLLMTeacher"]
