@@ -40,6 +40,7 @@ def load_model(
     options = {} if quantization is None else _quantized(resolve(path), dtype, quantization)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=dtype or "auto", **options)
     output_head(model)  # a model whose head we cannot follow is refused here and not an hour later
+    layer: Any
     for layer in model.modules():
         # On a CPU with the instructions avx512_bf16, bitsandbytes 0.50.2 repacks a layer the first time that it is not
         # in training mode, for a product in bfloat16 that has no gradient, and keeps it so when the training goes on.
