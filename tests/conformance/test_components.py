@@ -20,6 +20,8 @@ REQUIRED = {
     "CombinedMixture": {"parts": ["GoldenMixture", "ReplayMixture"]},
     "LocalTeacher": {"path": "testbed:teacher"},
     "SpecialTokens": {"tokens": [7, 9]},
+    "VLLMEngine": {"server": {"model": "student"}},
+    "VLLMTeacher": {"server": {"model": "teacher"}},
 }
 COMPONENTS = [
     (kind, name)
