@@ -25,7 +25,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     It is made of one sum of each parameter, of its bits as integers, so it costs one look at the weights.
     """
-    sums = [each.detach().contiguous().view(_BITS[each.element_size()]).sum(dtype=torch.int64) for each in _whole(model)]
+    sums = [
+        each.detach().contiguous().view(_BITS[each.element_size()]).sum(dtype=torch.int64) for each in _whole(model)
+    ]
     devices = {each.device for each in sums}
     listed = [number for device in devices for number in torch.stack([s for s in sums if s.device == device]).tolist()]
     return hashlib.blake2b(repr(listed).encode(), digest_size=12).hexdigest()

@@ -91,9 +91,7 @@ class VLLMEngine(RolloutEngine):
                 self._write(model, _few(request), Temperature(1.0), {"temperature": 1.0})
         return self._write(model, request, sampler, rule)
 
-    def _write(
-        self, model: PreTrainedModel, request: Request, sampler: Sampler, rule: dict[str, Any]
-    ) -> Completions:
+    def _write(self, model: PreTrainedModel, request: Request, sampler: Sampler, rule: dict[str, Any]) -> Completions:
         """Let the server write all rows with the weights that the model has now, and check what it wrote."""
         version = self._hand_over(model)
         questions = self._questions(model, request, rule)

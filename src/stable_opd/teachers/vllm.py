@@ -87,8 +87,8 @@ class VLLMTeacher(Teacher):
         return KnownLogprobs(
             rollout.completion,
             tensor([sampled for sampled, _, _ in found], torch.float32),
-            tensor([tokens for _, tokens, _ in found], torch.long).view(-1, k),
-            tensor([logprobs for _, _, logprobs in found], torch.float32).view(-1, k),
+            tensor([tokens for _, tokens, _ in found], torch.long).view(len(found), k),
+            tensor([logprobs for _, _, logprobs in found], torch.float32).view(len(found), k),
         )
 
     def _ask(self, rows: Sequence[list[int]]) -> list[list[Mapping[int, float]]]:
