@@ -1,6 +1,7 @@
 """Every recipe that is shipped runs: what is not executed here rots."""
 
 import json
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 import mathematics
 from stable_opd.cli import main
 from stable_opd.resume import step_of
+from standing_in import standing_in
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
@@ -56,12 +58,20 @@ def smaller(config):
     return SMALL | {"--model.rollout.samples_per_prompt": str(min(1, rollout.get("samples_per_prompt", 1)))}
 
 
+@contextmanager
+def servers():
+    """The flags that name servers of the testbed's models."""
+    with standing_in("testbed:student", "student") as student, standing_in("testbed:teacher", "teacher") as teacher:
+        yield {"--model.engine.server.url": student.url, "--model.teacher.server.url": teacher.url}
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("config", [each for each in CONFIGS if each.parent == FOLDER], ids=lambda path: path.stem)
 def test_recipe_runs_for_two_steps(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models = {} if "testbed:student" in config.read_text() else STAND_INS
-    main(["fit", "-c", str(config), *flags(smaller(config) | models)])
+    with nullcontext({}) if "VLLMEngine" not in config.read_text() else servers() as urls:
+        main(["fit", "-c", str(config), *flags(smaller(config) | models | urls)])
     assert "train/loss" in trained(tmp_path)
 
 

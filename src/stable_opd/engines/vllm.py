@@ -86,7 +86,7 @@ class VLLMEngine(RolloutEngine):
             )
         rule = sampler.request()
         self._check_room(request)
-        if self._served is None:
+        if self._served is None and _is_first():
             with rehearsed(model):
                 self._write(model, _few(request), Temperature(1.0), {"temperature": 1.0})
         return self._write(model, request, sampler, rule)
@@ -149,10 +149,10 @@ class VLLMEngine(RolloutEngine):
         version = f"stable-opd: {fingerprint(model)}"
         if version == self._served:
             return version
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
-            self._await(version)
-        else:
+        if _is_first():
             self._push(model, version)
+        else:
+            self._await(version)
         self._served = version
         return version
 
@@ -228,6 +228,11 @@ class VLLMEngine(RolloutEngine):
                 "trainer.precision and without a quantization; on a CPU let it serve a student whose head is apart "
                 "(docs/vllm.md). Or raise model.engine.largest_gap."
             )
+
+
+def _is_first() -> bool:
+    """Return whether this process hands over the weights."""
+    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
 
 
 def _few(request: Request) -> Request:
