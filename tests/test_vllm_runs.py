@@ -14,7 +14,7 @@ from serving import BOTH, served
 from stable_opd import servers
 from stable_opd.cli import main
 from stable_opd.models import load_model
-from stable_opd.resume import checkpoints
+from stable_opd.resume import step_of
 from stable_opd.servers import GENERATE, ServerError
 from standing_in import DROP, standing_in
 
@@ -40,14 +40,9 @@ def arguments(student, teacher, **others):
 
 
 def result(folder):
-    """The student's weights and the metrics of a run."""
-    (last,) = {path.parent for path in folder.rglob("*.ckpt")}
-    state = torch.load(checkpoints(last)[0], weights_only=True)
-    (metrics,) = folder.rglob("metrics.csv")
-    with metrics.open() as file:
-        rows = list(csv.DictReader(file))
-    weights = {name: each for name, each in state["state_dict"].items() if name.startswith("student.")}
-    return state["global_step"], weights, rows
+    """How many steps a run took, and the student's weights."""
+    state = torch.load(max(folder.rglob("*.ckpt"), key=step_of), weights_only=True)
+    return state["global_step"], {name: each for name, each in state["state_dict"].items() if "student." in name}
 
 
 @pytest.mark.slow
@@ -60,7 +55,10 @@ def test_engine_and_teacher_in_servers(kind, tmp_path, monkeypatch):
     ):
         main(arguments(student, teacher, trainer__max_steps=3))
         version = student.ask("/weight_info")
-    step, weights, rows = result(tmp_path)
+    step, weights = result(tmp_path)
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    with metrics.open() as file:
+        rows = list(csv.DictReader(file))
     steps = [row for row in rows if row["train/loss"]]
     assert step == len(steps) == 3
     for row in steps:
@@ -84,19 +82,19 @@ def test_run_whose_server_dies_stops_and_goes_on_where_it_was(tmp_path, monkeypa
         for name in ("whole", "broken"):
             (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / "whole")
-        main(arguments(student, teacher, trainer__max_steps=4))
+        main(arguments(student, teacher, trainer__max_steps=3))
         monkeypatch.chdir(tmp_path / "broken")
         student.asked = {}
         student.fault = lambda path, question, answer: DROP if student.asked.get("/collective_rpc", 0) > 3 else answer
         with pytest.raises(ServerError, match="start it again; the same command then goes on"):
-            main(arguments(student, teacher, trainer__max_steps=4))
-        saved, _, _ = result(tmp_path / "broken")
-        assert 0 < saved < 4
+            main(arguments(student, teacher, trainer__max_steps=3))
+        saved, _ = result(tmp_path / "broken")
+        assert 0 < saved < 3
         student.fault = lambda path, question, answer: answer
         student.restart()
-        main(arguments(student, teacher, trainer__max_steps=4))
-    (_, expected, _), (step, found, _) = result(tmp_path / "whole"), result(tmp_path / "broken")
-    assert step == 4
+        main(arguments(student, teacher, trainer__max_steps=3))
+    (_, expected), (step, found) = result(tmp_path / "whole"), result(tmp_path / "broken")
+    assert step == 3
     assert all(torch.equal(found[name], each) for name, each in expected.items())
 
 
@@ -125,7 +123,7 @@ def test_two_processes_share_a_server_and_equal_one(tmp_path, monkeypatch):
         )
         assert done.returncode == 0, done.stderr
         assert student.asked["/collective_rpc"] == 2 * handed_over
-    (_, expected, _), (step, found, _) = result(tmp_path / "one"), result(tmp_path / "two")
+    (_, expected), (step, found) = result(tmp_path / "one"), result(tmp_path / "two")
     assert step == 2
     for name, each in expected.items():
         torch.testing.assert_close(found[name], each, rtol=0, atol=1e-6)
@@ -140,8 +138,7 @@ def test_exported_student_answers_as_in_transformers(kind, tmp_path, monkeypatch
         standing_in("testbed:teacher", "teacher") as teacher,
     ):
         main(arguments(student, teacher, trainer__max_steps=2))
-    (folder,) = {path.parent for path in tmp_path.rglob("*.ckpt")}
-    main(["export", str(checkpoints(folder)[0]), str(tmp_path / "exported")])
+    main(["export", str(max(tmp_path.rglob("*.ckpt"), key=step_of)), str(tmp_path / "exported")])
     model = load_model(str(tmp_path / "exported")).eval()
     prompts = [TOKENIZER(text)["input_ids"] for text in ("Q 3 * 7 + 8 - 2 ;", "Q 1 + 1 ;", "Q 9 * 9 * 9 ;")]
     with served(kind, str(tmp_path / "exported"), "exported", tmp_path) as server:

@@ -8,12 +8,12 @@ import torch
 from helpers import EOS, TOKENIZER, VOCABULARY
 from serving import BOTH, served
 from stable_opd import Finish
-from stable_opd.samplers import MinP, Temperature, TopK, TopP
 from stable_opd.engines import InProcessEngine, LoopStop, Request, VLLMEngine
 from stable_opd.engines.agreement import gap
 from stable_opd.engines.handing_over import fingerprint, rehearsed, write_weights
 from stable_opd.models import load_model
 from stable_opd.randomness import key
+from stable_opd.samplers import MinP, Temperature, TopK, TopP
 from stable_opd.students import LoRA, load_student
 from stable_opd.terminal import StopEvent
 from writing import assert_equal_completions, own_generate, rows
@@ -149,8 +149,11 @@ def test_rows_in_a_loop_are_stopped_as_the_engine_in_this_process_finds_them(ser
             assert not any(row[-3 * n - 1 : -1] == row[-n - 1 : -1] * 3 for n in range(6, 25))  # at once
 
 
-def test_student_with_adapters_is_handed_over_merged(server):
-    model = load_student("testbed:student", LoRA(rank=4)).eval()
+@pytest.mark.parametrize(
+    "adapter", [LoRA(rank=4), LoRA(rank=4, target_modules=["q_proj"], quantization="int8")], ids=str
+)
+def test_student_with_adapters_is_handed_over_merged(adapter, server):
+    model = load_student("testbed:student", adapter).eval()
     with torch.no_grad():
         for name, each in model.named_parameters():
             if "lora_B" in name:
@@ -158,7 +161,8 @@ def test_student_with_adapters_is_handed_over_merged(server):
     request = make_request()
     written = VLLMEngine(server).generate(model, request, Temperature(1.0))
     found = expected(model, Temperature(1.0), request, written)
-    torch.testing.assert_close(written.logprobs, found, rtol=0, atol=1e-4)
+    # In 8 bits the inputs of a layer are rounded, too, which merged weights do not do.
+    assert (written.logprobs - found).abs().mean() < (1e-5 if adapter.quantization is None else 0.05)
     plain = load_model("testbed:student").eval()
     assert gap(plain, request, Temperature(1.0), written).mean > 0.1
 

@@ -254,7 +254,7 @@ class Odd(Sampler):
 def test_what_a_server_cannot_do_is_refused_with_a_way_out(stand_in, model):
     with pytest.raises(ValueError, match="cannot be put into a request"):
         generate(engine(stand_in), model, Odd())
-    with pytest.raises(ValueError, match="runs one model.*Use InProcessEngine"):
+    with pytest.raises(ValueError, match=r"runs one model.*Use InProcessEngine"):
         engine(stand_in).generate(model, make_request(), Temperature(1.0), Blend(model, lambda one, two: one))
     with pytest.raises(ValueError, match="max_period of at least 16"):
         engine(stand_in, loops=LoopStop(max_period=8))

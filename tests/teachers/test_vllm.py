@@ -1,4 +1,4 @@
-"""A teacher in a server: as one in this process, of the stand-in and of vLLM itself; and what it must not get away with."""
+"""A teacher in a server, against one in this process: of the stand-in, and of vLLM itself; and what is not accepted."""
 
 import pytest
 import torch
@@ -157,7 +157,7 @@ def test_other_vocabulary_is_refused(stand_in):
     stand_in.fault = lambda path, question, answer: (
         {"tokens": [vocabulary[each] for each in question["prompt"].split()]} if path == "/tokenize" else answer
     )
-    with pytest.raises(ValueError, match="must have the vocabulary of the student 'testbed:student'.*one family"):
+    with pytest.raises(ValueError, match=r"must have the vocabulary of the student 'testbed:student'.*one family"):
         set_up(patient(stand_in))
     stand_in.fault = lambda path, question, answer: [] if path == "/tokenize" else answer
     with pytest.raises(ValueError, match="must have the vocabulary"):

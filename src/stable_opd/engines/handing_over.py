@@ -2,13 +2,13 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as bars
 
@@ -33,7 +33,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     return hashlib.blake2b(repr(listed).encode(), digest_size=12).hexdigest()
 
 
-def _whole(model: PreTrainedModel) -> list[Tensor]:
+def _whole(model: PreTrainedModel) -> Sequence[Tensor]:
     """Return the parameters of a model.
 
     Raises:
@@ -62,6 +62,8 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
     """
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):  # without adapters, and without memory
         shell: Any = AutoModelForCausalLM.from_config(config)
     weights = _merged(model)
@@ -72,18 +74,19 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _merged(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the weights that a model computes with, under the names they have without adapters."""
-    merged = {}
-    adapted = {name: each for name, each in model.named_modules() if hasattr(each, "base_layer")}
-    for name, each in model.state_dict().items():
-        owner = next((owner for owner in adapted if name.startswith(f"{owner}.")), None)
-        if owner is None:
-            merged[name] = each
-        elif owner in adapted:
-            weight, bias = weight_and_bias(adapted[owner], model.dtype)
-            merged[f"{owner}.weight"] = weight.contiguous()
-            if f"{owner}.base_layer.bias" == name and bias is not None:
-                merged[f"{owner}.bias"] = bias
+    """Return the weights that a model computes with, under the names they have in one that was not changed."""
+    computed: dict[str, Any] = {}
+    for name, each in model.named_modules():
+        changed = hasattr(each, "base_layer") or (isinstance(each, nn.Linear) and type(each) is not nn.Linear)
+        if changed and not any(name.startswith(f"{owner}.") for owner in computed):
+            computed[name] = each
+    inside = tuple(f"{owner}." for owner in computed)
+    merged = {name: each for name, each in model.state_dict().items() if not name.startswith(inside)}
+    for owner, layer in computed.items():
+        weight, bias = weight_and_bias(layer, model.dtype)
+        merged[f"{owner}.weight"] = weight.contiguous()
+        if bias is not None and layer.bias is not None:
+            merged[f"{owner}.bias"] = bias
     return merged
 
 

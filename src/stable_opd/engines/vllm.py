@@ -237,8 +237,8 @@ def _is_first() -> bool:
 
 def _few(request: Request) -> Request:
     """Return some rows of a request, and the beginning of each."""
-    few = {"prompt": request.prompt[:4], "keys": request.keys[:4]}
-    return replace(request, max_new_tokens=min(16, request.max_new_tokens), **few)
+    budget = min(16, request.max_new_tokens)
+    return replace(request, prompt=request.prompt[:4], keys=request.keys[:4], max_new_tokens=budget)
 
 
 def _repetition_detection(loops: LoopStop) -> dict[str, int]:

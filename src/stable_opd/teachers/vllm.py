@@ -91,7 +91,7 @@ class VLLMTeacher(Teacher):
             tensor([logprobs for _, _, logprobs in found], torch.float32).view(len(found), k),
         )
 
-    def _ask(self, rows: Sequence[list[int]]) -> list[list[Mapping[int, float]]]:
+    def _ask(self, rows: Sequence[list[int]]) -> list[list[dict[int, float]]]:
         """Return the log-probs that the server knows at each token of each row, by token id; none at the first."""
         questions: list[dict[str, Any] | None] = [
             {
@@ -105,7 +105,7 @@ class VLLMTeacher(Teacher):
         answers = self.server.ask_all(GENERATE, questions)
         return [self._read(row, answer) for row, answer in zip(rows, answers, strict=True)]
 
-    def _read(self, row: list[int], answer: Any) -> list[Mapping[int, float]]:
+    def _read(self, row: list[int], answer: Any) -> list[dict[int, float]]:
         """Return what an answer says of a row.
 
         Raises:
