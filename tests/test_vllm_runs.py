@@ -83,16 +83,19 @@ def test_run_whose_server_dies_stops_and_goes_on_where_it_was(tmp_path, monkeypa
             (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / "whole")
         main(arguments(student, teacher, trainer__max_steps=3))
+        handed_over = student.asked["/collective_rpc"]
         monkeypatch.chdir(tmp_path / "broken")
         student.asked = {}
         student.fault = lambda path, question, answer: DROP if student.asked.get("/collective_rpc", 0) > 3 else answer
-        with pytest.raises(ServerError, match="start it again; the same command then goes on"):
-            main(arguments(student, teacher, trainer__max_steps=3))
+        with pytest.raises(ServerError, match="start it again; the run then goes on"):
+            main(arguments(student, teacher, trainer__max_steps=3, ckpt_path="last"))
         saved, _ = result(tmp_path / "broken")
         assert 0 < saved < 3
         student.fault = lambda path, question, answer: answer
         student.restart()
-        main(arguments(student, teacher, trainer__max_steps=3))
+        student.asked = {}
+        main(arguments(student, teacher, trainer__max_steps=3, ckpt_path="last"))
+        assert student.asked["/collective_rpc"] == handed_over - saved  # those steps were not taken again
     (_, expected), (step, found) = result(tmp_path / "whole"), result(tmp_path / "broken")
     assert step == 3
     assert all(torch.equal(found[name], each) for name, each in expected.items())

@@ -141,8 +141,8 @@ class Server:
                 )
         raise ServerError(
             f"{self.whom(path)} was asked {self.retries + 1} times and gave no answer that can be used; the last time "
-            f"it was {went_wrong}. Look into the server's log and start it again; the same command then goes on from "
-            "the run's last checkpoint."
+            f"it was {went_wrong}. Look into the server's log and start it again; the run then goes on from its last "
+            "checkpoint with the same command and --ckpt_path last."
         )
 
     def whom(self, path: str) -> str:

@@ -221,7 +221,7 @@ def test_server_that_dies_is_said(stand_in, model):
     generate(found, model)
     stand_in.shutdown()
     stand_in.server_close()
-    with pytest.raises(ServerError, match=r"ConnectError.*start it again; the same command then goes on"):
+    with pytest.raises(ServerError, match=r"ConnectError.*start it again; the run then goes on"):
         generate(found, model)
 
 
