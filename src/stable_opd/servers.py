@@ -136,18 +136,19 @@ class Server:
                 went_wrong = f"the status {response.status_code}: {_shown(response)}"
             else:
                 raise ServerError(
-                    f"{self.whom(path)} refused a question with the status {response.status_code}: {_shown(response)}. "
+                    f"Expected an answer of {self.whom(path)}, but it refused the question with the status "
+                    f"{response.status_code}: {_shown(response)}. "
                     f"{_way_out(response.status_code, self.api_key_variable)}"
                 )
         raise ServerError(
-            f"{self.whom(path)} was asked {self.retries + 1} times and gave no answer that can be used; the last time "
-            f"it was {went_wrong}. Look into the server's log and start it again; the run then goes on from its last "
-            "checkpoint with the same command and --ckpt_path last."
+            f"Expected an answer of {self.whom(path)}, but got none that can be used after asking {self.retries + 1} "
+            f"times; the last time it was {went_wrong}. Look into the server's log and start it again; the run then "
+            "goes on from its last checkpoint with the same command and --ckpt_path last."
         )
 
     def whom(self, path: str) -> str:
         """Say who is meant, for messages."""
-        return f"The server of {self.model!r} at {self.url}{path}"
+        return f"the server of {self.model!r} at {self.url}{path}"
 
     def check_name(self, answer: Any, path: str) -> None:
         """Make sure that an answer is by the right model.
@@ -158,7 +159,7 @@ class Server:
         name = answer.get("model") if isinstance(answer, dict) else None
         if name != self.model:
             raise ServerError(
-                f"{self.whom(path)} was to answer for {self.model!r}, but answered for {name!r}. Start it with "
+                f"Expected an answer by {self.model!r} of {self.whom(path)}, but got one by {name!r}. Start it with "
                 f"--served-model-name {self.model}, or set server.model to what it serves."
             )
 
@@ -175,9 +176,8 @@ class Server:
             raise self.garbage("/v1/models", "a list of models", answer) from None
         if not isinstance(served.get(self.model), int):
             raise ServerError(
-                f"{self.whom('/v1/models')} was expected to serve {self.model!r}, but serves "
-                f"{', '.join(map(repr, served)) or 'nothing'}. Start it with --served-model-name {self.model}, or set "
-                "server.model to what it serves."
+                f"Expected {self.whom('/v1/models')}, but it serves {', '.join(map(repr, served)) or 'nothing'}. "
+                f"Start it with --served-model-name {self.model}, or set server.model to what it serves."
             )
         length: int = served[self.model]
         return length
@@ -185,8 +185,8 @@ class Server:
     def garbage(self, path: str, expected: str, arrived: Any) -> ServerError:
         """Return the error for an answer of another form."""
         return ServerError(
-            f"{self.whom(path)} was expected to answer with {expected}, but got {_cut(repr(arrived))}. Make sure that "
-            "it is a vLLM server of a version that docs/vllm.md names."
+            f"Expected {expected} of {self.whom(path)}, but got {_cut(repr(arrived))}. Make sure that it is a vLLM "
+            "server of a version that docs/vllm.md names."
         )
 
 

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from helpers import EOS, TOKENIZER, VOCABULARY
 from serving import BOTH, served
@@ -194,3 +197,14 @@ def test_written_weights_load_and_compute_the_same(model, tmp_path):
     ids = torch.tensor([PROMPTS[0]])
     assert torch.equal(read(ids).logits, model(ids).logits)
     assert read.lm_head.weight.data_ptr() != read.model.embed_tokens.weight.data_ptr()
+
+
+def test_student_that_is_sharded_is_refused(tmp_path):
+    model = load_model("testbed:student")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"one that is sharded.*a strategy such as ddp"):
+            fingerprint(model)
+    finally:
+        distributed.destroy_process_group()

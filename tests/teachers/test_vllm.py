@@ -117,9 +117,9 @@ def of_rows(**fields):
 
 
 FAULTS = {
-    "another model": (of_rows(model="student"), "answered for 'student'"),
-    "other tokens": (of_rows(prompt_token_ids=[1, 2, 3]), "it read 3 other tokens than the"),
-    "no tokens": (of_rows(prompt_token_ids=None), "the log-probs of a prompt's tokens, but got"),
+    "another model": (of_rows(model="student"), "but got one by 'student'"),
+    "other tokens": (of_rows(prompt_token_ids=[1, 2, 3]), "scores of 3 other tokens than the"),
+    "no tokens": (of_rows(prompt_token_ids=None), "Expected the log-probs of a prompt's tokens of the server"),
     "too few": (of_rows(prompt_logprobs=[None, {}]), "log-probs of 2 tokens where"),
     "none": (of_rows(prompt_logprobs=None), "the log-probs of a prompt's tokens"),
     "numbers": (of_rows(prompt_logprobs=[1.0] * 20), "the log-probs of a prompt's tokens"),
@@ -131,7 +131,7 @@ FAULTS = {
         changed(lambda place, token: {each: {"logprob": -0.1} for each in place}),
         "probabilities that add up to more than 1",
     ),
-    "status": (lambda path, question, answer: 500 if path == GENERATE else answer, "asked 2 times.*the status 500"),
+    "status": (lambda path, question, answer: 500 if path == GENERATE else answer, "asking 2 times.*the status 500"),
 }
 
 

@@ -40,8 +40,7 @@ def _whole(model: PreTrainedModel) -> Sequence[Tensor]:
         ValueError: If a part of one is in another process.
     """
     parameters = list(model.parameters())
-    sharded = [type(each).__name__ for each in parameters if type(each).__name__ == "DTensor"]
-    if sharded:
+    if any(type(each).__name__ in ("DTensor", "FlatParameter") for each in parameters):
         raise ValueError(
             "Expected a student with all its weights in each process, but got one that is sharded. A server of models "
             "can be given the weights of one process only: use a strategy such as ddp, or generate in this process."

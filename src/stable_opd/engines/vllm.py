@@ -135,10 +135,10 @@ class VLLMEngine(RolloutEngine):
             answer = self.server.ask(GENERATE, question)
             self.server.check_name(answer, GENERATE)
             try:
-                logprob = answer["choices"][0]["logprobs"]["content"][0]["logprob"]
-            except (KeyError, IndexError, TypeError):
+                logprob = float(answer["choices"][0]["logprobs"]["content"][0]["logprob"])
+            except (KeyError, IndexError, TypeError, ValueError):
                 raise self.server.garbage(GENERATE, "the log-prob of one token", answer) from None
-            if abs(logprob) > 1e-3:
+            if not abs(logprob) <= 1e-3:
                 raise ValueError(
                     "Expected log-probs of the distribution that tokens are drawn from, but "
                     f"{self.server.whom('')} gives others. Start it with --logprobs-mode processed_logprobs."
@@ -171,8 +171,8 @@ class VLLMEngine(RolloutEngine):
         answer = self.server.ask("/reset_prefix_cache", {})
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise ServerError(
-                f"{self.server.whom('/reset_prefix_cache')} could not forget what it computed with earlier weights, "
-                "because it is busy with requests of others. Let it serve this run alone."
+                f"Expected {self.server.whom('/reset_prefix_cache')} to forget what it computed with earlier weights, "
+                f"but got {answer!r}: it is busy with requests of others. Let it serve this run alone."
             )
         self._name(version)
 
@@ -185,8 +185,8 @@ class VLLMEngine(RolloutEngine):
         while (answer := self.server.ask("/weight_info")) != {"weight_version": version}:
             if time.monotonic() > until:
                 raise ServerError(
-                    f"{self.server.whom('/weight_info')} was expected to have weights of the version {version!r} from "
-                    f"the first process within {self.server.timeout:g} seconds, but says {answer!r}. Look into that "
+                    f"Expected {self.server.whom('/weight_info')} to have weights of the version {version!r} from the "
+                    f"first process within {self.server.timeout:g} seconds, but got {answer!r}. Look into that "
                     "process's log; all processes have to write in the same steps."
                 )
             time.sleep(0.05)
@@ -222,9 +222,9 @@ class VLLMEngine(RolloutEngine):
     def _check_gap(self, found: Gap) -> None:
         if not found.mean <= self.largest_gap:
             raise ServerError(
-                f"{self.server.whom('')} gives log-probs that are {found.mean:.3f} nats away from those of the "
-                f"student's forward pass, in the mean over some tokens of a rollout, and {found.largest:.3f} at most; "
-                f"the largest mean that is accepted is {self.largest_gap:g}. Start it with --dtype as in "
+                f"Expected log-probs of {self.server.whom('')} as in the student's forward pass, to "
+                f"{self.largest_gap:g} nats in the mean over some tokens of a rollout, but got some that are "
+                f"{found.mean:.3f} nats away, and {found.largest:.3f} at most. Start it with --dtype as in "
                 "trainer.precision and without a quantization; on a CPU let it serve a student whose head is apart "
                 "(docs/vllm.md). Or raise model.engine.largest_gap."
             )
@@ -289,7 +289,7 @@ def _read(server: Server, answer: Any, request: Request, version: str) -> _Writt
     problem = _problem(tokens, echoed, logprobs, finish, request)
     if problem:
         raise ServerError(
-            f"{server.whom(GENERATE)} answered with what it was not asked for: {problem}. Make sure that it is a vLLM "
+            f"Expected what was asked for of {server.whom(GENERATE)}, but got {problem}. Make sure that it is a vLLM "
             "server of a version that docs/vllm.md names, and that it serves the student."
         )
     event = request.event
@@ -340,8 +340,8 @@ def _pack(server: Server, written: Sequence[_Written | None], device: torch.devi
     rows = [each for each in written if each is not None]
     if len(rows) < len(written):
         raise ServerError(
-            f"{server.whom(GENERATE)} wrote with other weights than those that it was given just before. Let it serve "
-            "this run alone, as one server that nobody else changes."
+            f"Expected rows by the weights that {server.whom(GENERATE)} was given just before, but got some by others. "
+            "Let it serve this run alone, as one server that nobody else changes."
         )
 
     def tensor(values: list[Any], dtype: torch.dtype) -> Tensor:

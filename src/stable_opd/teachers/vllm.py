@@ -123,8 +123,8 @@ class VLLMTeacher(Teacher):
         problem = _problem(row, echoed, said)
         if problem:
             raise ServerError(
-                f"{self.server.whom(GENERATE)} answered with what it was not asked for: {problem}. Make sure that it "
-                "is a vLLM server of a version that docs/vllm.md names, and that it serves the teacher."
+                f"Expected what was asked for of {self.server.whom(GENERATE)}, but got {problem}. Make sure that it is "
+                "a vLLM server of a version that docs/vllm.md names, and that it serves the teacher."
             )
         return said
 
@@ -162,7 +162,7 @@ class VLLMTeacher(Teacher):
 def _problem(row: list[int], echoed: list[Any], said: list[dict[int, float]]) -> str | None:
     """Return what is wrong with an answer, or None."""
     if echoed != row:
-        return f"it read {len(echoed)} other tokens than the {len(row)} that it was sent"
+        return f"scores of {len(echoed)} other tokens than the {len(row)} that were sent"
     if len(said) != len(row):
         return f"log-probs of {len(said)} tokens where {len(row)} were sent"
     for place, (token, known) in enumerate(zip(row, said, strict=True)):
