@@ -455,7 +455,7 @@ def test_state_holds_the_student_and_neither_teacher_nor_reference(build, data):
     fit(module, data(), steps=1)
     assert module.readers.reference is not None
     state = module.state_dict()
-    assert {name.partition(".")[0] for name in state} <= {"student", "report"}
+    assert {name.partition(".")[0] for name in state} <= {"student", "report", "skips"}
     student = {name.removeprefix("student.") for name in state if name.startswith("student.")}
     assert student == set(tiny_model(1).state_dict())
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

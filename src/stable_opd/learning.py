@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +109,7 @@ class Learner:
         objective, padded, event = self.objective.awake(), not packs(self.model), self.rule.student
         cutting = Cutting(self.options.micro_batch_tokens, padded, moment.progress, self.stop, event)
         pieces = list(cut(rollout, repetition, objective, cutting, rows))
-        readings: Iterable[list[Reading]] = self.readers.read(pieces, self.vocabulary, self.rule)
+        readings: Iterable[list[Reading]] = self.read(pieces)
         looking = any(each.needs_scores for each in self.weightings)
         if looking or self._compares(moment):  # they are read more than once
             readings = list(readings)
@@ -122,6 +122,10 @@ class Learner:
             for weighting in self.weightings:
                 weights = weighting(look) if weights is None else weights * weighting(look)
         return Work(pieces, readings, objective.shares(rollout, processes.total, kept, weights), learnt)
+
+    def read(self, pieces: Sequence[Piece]) -> Iterable[list[Reading]]:
+        """Let the models that do not learn read micro-batches."""
+        return self.readers.read(pieces, self.vocabulary, self.rule)
 
     def learn(
         self,
@@ -155,21 +159,28 @@ class Learner:
             return {}
 
         def gradient(name: str) -> None:
-            tally = Tally({name: work.shares[name]}, self.model.device)
-            self.learn(work, tally, Stopwatch(self.model.device), backward, processes, only=name)
+            self.differentiate(work, work.readings, name, backward, processes)
 
         return compare_gradients(list(work.shares), gradient, trained(self.model))
 
-    def update(self, optimizer: Any, scheduler: Any, moment: Moment) -> dict[str, Any]:
-        """Take the optimizer step, and let learning rate and reference follow.
+    def differentiate(
+        self,
+        work: Work,
+        readings: Iterable[list[Reading]],
+        name: str,
+        backward: Callable[[Tensor], None],
+        processes: Processes,
+    ) -> None:
+        """Add up the gradient of one term by itself."""
+        tally = Tally({name: work.shares[name]}, self.model.device)
+        watch = Stopwatch(self.model.device)
+        self.learn(replace(work, readings=readings), tally, watch, backward, processes, only=name)
 
-        Args:
-            optimizer: Lightning's, around that of torch.
-            scheduler: Of the learning rate, or None.
-            moment: Before the step.
+    def sum_up(self, tally: Tally, moment: Moment, processes: Processes) -> dict[str, Any]:
+        """Add the gradient of the penalties on weights, clip the whole, and return what is logged of the step.
 
         Returns:
-            The norm of the gradient before clipping, and the losses and values of the penalties on weights.
+            What `Tally.reduced` returns, and the norm of the gradient before clipping, ``grad_norm``.
         """
         scalars: dict[str, Any] = {}
         for name, constraint in self._constraints():
@@ -177,8 +188,23 @@ class Learner:
             if penalty is not None:
                 scalars |= {f"loss/{name}": penalty[0], f"value/{name}": penalty[1]}
         scalars["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.gradient_clip)
+        return tally.reduced(processes.total, scalars)
+
+    def update(self, optimizer: Any, scheduler: Any, moment: Moment, taken: bool = True) -> None:
+        """Take the optimizer step, and let learning rate and reference follow.
+
+        Without gradients, optimizers of torch change neither weights nor state. So a step that is skipped is counted
+        like any other: the next one has other prompts and other random choices, the learning rate is that of its step,
+        and a run that is resumed is where it would be.
+
+        Args:
+            optimizer: Lightning's, around that of torch.
+            scheduler: Of the learning rate, or None.
+            moment: Before the step.
+            taken: Whether it is taken. If not, there are no gradients.
+        """
         inner: Optimizer = optimizer.optimizer
-        resting = "optimizer" in self.options.offload
+        resting = taken and "optimizer" in self.options.offload
         if resting:
             move_state(inner, self.model.device)
         optimizer.step()
@@ -187,9 +213,8 @@ class Learner:
             move_state(inner, torch.device("cpu"))
         if scheduler is not None:
             scheduler.step()
-        if self.readers.reference is not None:
+        if taken and self.readers.reference is not None:
             self.reference.update(self.readers.reference, self.model, moment.step + 1)
-        return scalars
 
     def _asleep(self) -> dict[str, float]:
         """Return the figures of terms that rest, which have nothing to measure."""

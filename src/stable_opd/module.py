@@ -38,6 +38,7 @@ from stable_opd.repetition import RepetitionDetector
 from stable_opd.reporting import StepReport
 from stable_opd.rollouts import Writers
 from stable_opd.samplers import Sampler, Temperature
+from stable_opd.skips import Case, Skips, undone_if_it_fails
 from stable_opd.stopwatch import Stopwatch
 from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
 from stable_opd.tally import Tally
@@ -114,6 +115,7 @@ class OPDModule(LightningModule):
         self.engine = engine or InProcessEngine()
         self.report = StepReport(rollout.max_new_tokens)
         self.evaluation = Evaluation(rollout.max_new_tokens, rollout.eval_temperature)
+        self.skips = Skips(update.max_skipped)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -235,6 +237,10 @@ class OPDModule(LightningModule):
 
     def training_step(self, batch: Prompts, batch_idx: int) -> None:
         """Write, score, update: one optimizer step."""
+        with undone_if_it_fails(self, self._parts()):
+            self._step(batch)
+
+    def _step(self, batch: Prompts) -> None:
         seed_step(self.global_step, self.global_rank)
         watch = Stopwatch(self.device)
         with watch("rollout"):
@@ -249,15 +255,20 @@ class OPDModule(LightningModule):
         moment, processes = Moment(self.progress, self.global_step), Processes(self.trainer)
         with watch("score"):
             work = self.learner.arrange(rollout, repetition, moment, processes)
-        tally = Tally(work.shares, self.device, self.learner.compares_models and Author.STUDENT in plan.author)
+        compares = self.learner.compares_models and processes.some(Author.STUDENT in plan.author)
+        tally = Tally(work.shares, self.device, compares)
         comparison = self.learner.compare(work, self.manual_backward, processes, moment)
         self.learner.learn(work, tally, watch, self.manual_backward, processes)
         with watch("update"):
-            penalties = self.learner.update(self.optimizers(), self.lr_schedulers(), moment)
-        scalars = tally.reduced(processes.total, penalties) | comparison
+            scalars = self.learner.sum_up(tally, moment, processes)
+            case = Case(self.learner, work, rollout, tuple(batch.index), scalars, moment, self.manual_backward)
+            taken = self.skips.take(case, processes)
+            self.learner.update(self.optimizers(), self.lr_schedulers(), moment, taken)
+        scalars |= comparison | {"skipped": self.skips.total}
         self.report.measure(written, found, tally, scalars, watch.seconds, processes.total, self.engine.figures)
         self.report.show(self.trainer)
-        self.learner.adapt(scalars, self.report.numbers)
+        if taken:
+            self.learner.adapt(scalars, self.report.numbers)
 
     def on_train_batch_end(self, outputs: Any, batch: Prompts, batch_idx: int) -> None:
         """Log the step, if it is one to log or the last."""
@@ -275,8 +286,8 @@ class OPDModule(LightningModule):
         if self.reference.moves and self.readers.reference is not None:
             checkpoint["reference"] = self.readers.reference.state_dict()
         if self.trainer.world_size > 1:
-            parts = {name: part for name, part in self.named_children() if part is not self.student}
-            own = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+            parts = self._parts().items()
+            own = {f"{name}.{key}": value for name, part in parts for key, value in part.state_dict().items()}
             checkpoint["processes"] = Processes(self.trainer).states(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -332,6 +343,10 @@ class OPDModule(LightningModule):
         """Answer the prompts greedily; one record for each, in their order."""
         rollout = self.write(batch, student_rows(batch, 1), Temperature(0.0), "prediction")
         return records(batch, rollout, self.repetition(rollout), grades(batch, rollout), self.tokenizer)
+
+    def _parts(self) -> dict[str, nn.Module]:
+        """Return all that may remember something, but for the student."""
+        return {name: part for name, part in self.named_children() if part is not self.student}
 
     def _constraints(self) -> dict[str, Constraint]:
         return {name: cast(Constraint, each) for name, each in self.constraints.items()}

@@ -46,6 +46,8 @@ class UpdateOptions:
             logged (`trainer.log_every_n_steps`).
         gradient_checkpointing: Keep no more than the inputs of the student's layers for the backward pass, and compute
             the rest there once more. It saves memory, costs one more forward pass, and does not change the result.
+        max_skipped: Steps in a row that are skipped because their loss or gradient is not finite. At one more the run
+            stops, with its state saved; 0 stops at the first.
     """
 
     aggregation: Aggregation = "sequence_mean"
@@ -54,13 +56,16 @@ class UpdateOptions:
     offload: tuple[Literal["optimizer", "reference"], ...] = ()
     compare_gradients_every: int = 0
     gradient_checkpointing: bool = False
+    max_skipped: int = 3
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        if self.micro_batch_tokens < 1 or self.gradient_clip <= 0 or self.compare_gradients_every < 0:
+        least = min(self.compare_gradients_every, self.max_skipped)
+        if self.micro_batch_tokens < 1 or self.gradient_clip <= 0 or least < 0:
             raise ValueError(
-                "Expected micro_batch_tokens of at least 1, gradient_clip above 0 and compare_gradients_every of at "
-                f"least 0, but got {self.micro_batch_tokens}, {self.gradient_clip} and {self.compare_gradients_every}."
+                "Expected micro_batch_tokens of at least 1, gradient_clip above 0, and compare_gradients_every and "
+                f"max_skipped of at least 0, but got {self.micro_batch_tokens}, {self.gradient_clip}, "
+                f"{self.compare_gradients_every} and {self.max_skipped}."
             )
 
 

@@ -1,5 +1,6 @@
 """What the processes of a run have to agree on."""
 
+import subprocess
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,6 +32,10 @@ class Processes:
         total: Tensor = self.trainer.strategy.reduce(local, reduce_op="sum")
         return total
 
+    def some(self, local: bool) -> bool:
+        """Return whether it is so on some process."""
+        return self.trainer.strategy.reduce_boolean_decision(local, all=False)
+
     def gather(self, values: Tensor) -> Tensor:
         """Put the values of all processes one after the other, (n,) -> (m,); n may be 0, and differ."""
         return torch.cat(gather_all_tensors(values)) if self.count > 1 else values
@@ -48,3 +53,18 @@ class Processes:
         if last or not isinstance(strategy, ParallelStrategy):
             return nullcontext()
         return strategy.block_backward_sync()
+
+
+def end_launched(trainer: Trainer, patience: float = 3.0) -> None:
+    """End the processes that this one has launched; one that hangs would keep the device and the terminal for ever.
+
+    Args:
+        trainer: Of this process, which ends too.
+        patience: Seconds in which they may end by themselves and say why.
+    """
+    for each in getattr(trainer.strategy.launcher, "procs", []):
+        if isinstance(each, subprocess.Popen):
+            try:
+                each.wait(patience)
+            except subprocess.TimeoutExpired:
+                each.kill()

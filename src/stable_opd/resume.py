@@ -22,6 +22,7 @@ _TRAINER = (
 #: What may differ between two attempts at one run: where to go on, how long, what is evaluated, and where files go.
 _HARMLESS = re.compile(
     r"config|ckpt_path|weights_only|checkpoint|verbose|return_predictions|model\.rollout\.eval_temperature"
+    r"|model\.update\.max_skipped"
     r"|data\.init_args\.(validation|task|eval_batch_size|num_workers)"
     rf"|trainer\.(?!({'|'.join(_TRAINER)})\b)\w+"
 )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -20,7 +21,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from stable_opd.processes import end_launched
 from stable_opd.resume import changes, checkpoint_path, checkpoints, peek, refusal, step_of
+from stable_opd.skips import NonFiniteError
 
 #: Exit status of a run that was told to stop, as a shell reports it.
 STOPPED = 128 + signal.SIGTERM
@@ -57,6 +60,7 @@ class RunCheckpoint(Checkpoint):
         self.config: Mapping[str, Any] | None = None
         self._told: int | None = None
         self._saved_at: int | None = None
+        self._began: int | None = None
         self._metrics: str | None = None
         self._evaluated, self._between_steps = False, False
 
@@ -99,6 +103,42 @@ class RunCheckpoint(Checkpoint):
             self._evaluated, self._between_steps = False, False
         if told:
             self._stop(trainer)
+        self._began = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Note that the step is over."""
+        self._began = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save the state before a step that failed before the optimizer took it, and say where the run goes on.
+
+        One process alone cannot save. So of several, only those that fail together do.
+        """
+        if not isinstance(exception, Exception) or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if trainer.world_size > 1 and not isinstance(exception, NonFiniteError):
+            if isinstance(exception, torch.distributed.DistError) or "gloo" in str(exception):
+                exception.add_note(
+                    f"Process {trainer.global_rank} of {trainer.world_size} ends. It was waiting for another one, "
+                    "which has ended or does not answer: see what that one says. The same command goes on from the "
+                    "last checkpoint with --ckpt_path last."
+                )
+            end_launched(trainer)
+            return
+        if self._began is None or self._folder(trainer) is None or not _untouched(trainer, self._began):
+            return
+        self._between_steps = True
+        try:
+            self._save(trainer)
+        except (OSError, ArithmeticError) as error:
+            exception.add_note(str(error))
+        else:
+            exception.add_note(
+                f"The state after {self._began} steps, before the one that failed, is kept. The same command goes on "
+                "from there with --ckpt_path last."
+            )
+        finally:
+            self._between_steps = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end."""
@@ -172,6 +212,11 @@ class RunCheckpoint(Checkpoint):
         step, folder = trainer.global_step, self._folder(trainer)
         if folder is None or step == self._saved_at:
             return
+        if not trainer.strategy.reduce_boolean_decision(_finite(trainer.lightning_module)):
+            raise ArithmeticError(
+                f"Expected finite weights after step {step}, but got some that are not, and did not save them. "
+                f"{_left(folder)}. Go on from there with a lower learning rate."
+            )
         path = checkpoint_path(folder, step)
         part = path.with_name(f".{path.name}.part")
         for logger in trainer.loggers:
@@ -263,14 +308,29 @@ def _remove(path: Path) -> None:
 
 
 def _failure(folder: Path, step: int, error: Exception) -> str:
-    left = checkpoints(folder)
-    kept = f"The checkpoint of step {step_of(left[0])} is whole" if left else "There is no earlier one"
     reason = str(error).partition("\n")[0]
     way_out = "Make room" if isinstance(error, OSError) else "Let callbacks and components save plain values only"
     return (
-        f"Could not write the checkpoint of step {step} to {folder}: {type(error).__name__}: {reason}. {kept}. "
-        f"{way_out}, and start the same command again with --ckpt_path last."
+        f"Could not write the checkpoint of step {step} to {folder}: {type(error).__name__}: {reason}. "
+        f"{_left(folder)}. {way_out}, and start the same command again with --ckpt_path last."
     )
+
+
+def _left(folder: Path) -> str:
+    left = checkpoints(folder)
+    return f"The checkpoint of step {step_of(left[0])} is whole" if left else "There is no earlier one"
+
+
+def _finite(module: LightningModule) -> bool:
+    """Return whether what is trained is finite; of sharded weights, whether this process's part is."""
+    parts = (each.detach() for each in module.parameters() if each.requires_grad)
+    return all(bool(getattr(each, "to_local", lambda each=each: each)().isfinite().all()) for each in parts)
+
+
+def _untouched(trainer: Trainer, step: int) -> bool:
+    """Return whether the optimizer has neither taken nor begun to take the step after so many."""
+    steps = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+    return trainer.global_step == step and steps.ready == steps.completed
 
 
 def _requeue() -> None:
