@@ -151,6 +151,12 @@ def test_many_questions_are_answered_in_their_order_and_a_few_at_a_time(stand_in
     assert 1 < most[0] <= 4
 
 
+def test_who_waits_for_a_turn_is_not_late(stand_in):
+    stand_in.fault = late(0.3)
+    asked = server(stand_in, parallel=1, timeout=1.0, retries=0)
+    assert len(asked.ask_all("/tokenize", [{"prompt": "1"}] * 4)) == 4
+
+
 def test_one_question_that_is_given_up_ends_the_others_at_once(stand_in):
     def fault(path, question, answer):
         if question["prompt"] == "7":

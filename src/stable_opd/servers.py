@@ -99,7 +99,7 @@ class Server:
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=None,  # the limit is on the whole answer and not on the pause between two of its pieces
-            limits=httpx2.Limits(max_connections=self.parallel),
+            limits=httpx2.Limits(max_connections=None),  # the gate bounds them, and who waits there is not late
             verify=_certificates() if self.url.startswith("https") else False,
             trust_env=False,  # a proxy of the environment is not meant for a server of one's own
         ) as client:
