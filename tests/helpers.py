@@ -68,6 +68,7 @@ def make_rollout(
     behaviour: Tensor | None = None,
     texts: Sequence[str] | None = None,
     token_authors: Tensor | None = None,
+    fields: Sequence[Mapping[str, object]] | None = None,
 ) -> Rollout:
     """Pack rows given as lists."""
     count = len(completions)
@@ -85,6 +86,7 @@ def make_rollout(
         finish=torch.tensor([int(reason) for reason in finish or [Finish.LENGTH] * count]),
         behaviour_logprobs=torch.zeros(int(lengths.sum())) if behaviour is None else behaviour,
         texts=list(texts) if texts is not None else [" ".join(map(str, row)) for row in completions],
+        fields=list(fields) if fields is not None else [{}] * count,
     )
 
 

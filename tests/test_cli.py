@@ -427,8 +427,14 @@ def test_empty_training_file_is_refused(recipe, capsys, tmp_path):
 
 def test_missing_required_parts_are_listed(capsys, student_path):
     message = refusal(capsys, "fit", "--model.student", student_path)
-    for part in ("teacher", "divergence", "mixture", "repetition"):
+    for part in ("divergence", "mixture", "repetition"):
         assert part in message
+
+
+def test_missing_teacher_is_refused(recipe, capsys):
+    message = refusal(capsys, "fit", "-c", recipe(), "--model.teacher", "null")
+    assert "Expected a teacher, because there are rows for it" in message
+    assert "Set model.teacher;" in message
 
 
 def test_list_shows_every_kind_with_its_members(capsys):

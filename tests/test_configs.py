@@ -9,6 +9,7 @@ import torch
 import yaml
 
 import mathematics
+from helpers import problems, write_jsonl
 from stable_opd.cli import main
 from stable_opd.resume import step_of
 from standing_in import standing_in
@@ -65,12 +66,24 @@ def servers():
         yield {"--model.engine.server.url": student.url, "--model.teacher.server.url": teacher.url}
 
 
+def routed(path):
+    """Flags that give the two teachers a stand-in each, and examples that name them."""
+    records = [each | {"subject": subject} for each, subject in zip(problems(8), ["math", "code"] * 4, strict=True)]
+    teachers = {"math": "testbed:teacher", "code": "testbed:control"}
+    return {f"--model.teacher.teachers.{name}.init_args.path": each for name, each in teachers.items()} | {
+        "--data.train.path": write_jsonl(path / "routed.jsonl", records)
+    }
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("config", [each for each in CONFIGS if each.parent == FOLDER], ids=lambda path: path.stem)
 def test_recipe_runs_for_two_steps(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    models = {} if "testbed:student" in config.read_text() else STAND_INS
-    with nullcontext({}) if "VLLMEngine" not in config.read_text() else servers() as urls:
+    models = {} if "testbed:student" in config.read_text() else dict(STAND_INS)
+    if config.stem == "routed":
+        del models["--model.teacher.init_args.path"]
+        models |= routed(tmp_path)
+    with servers() if "VLLMEngine" in config.read_text() else nullcontext({}) as urls:
         main(["fit", "-c", str(config), *flags(smaller(config) | models | urls)])
     assert "train/loss" in trained(tmp_path)
 
@@ -95,6 +108,8 @@ def stand_ins(tmp_path_factory):
 def test_recipe_for_mathematics_runs_with_stand_ins(config, stand_ins, tmp_path, monkeypatch):
     """All else is that of the recipe: columns, filters, tasks and samples. Of six problems four pass the filters."""
     monkeypatch.chdir(tmp_path)
+    if "teacher" not in yaml.safe_load(config.read_text())["model"]:
+        stand_ins = {name: each for name, each in stand_ins.items() if name != "--model.teacher.path"}
     main(["fit", "-c", str(config), *flags(smaller(config) | stand_ins | {"--data.train.part": json.dumps([0, 4])})])
     found = trained(tmp_path)
     for name in mathematics.EVALUATION:

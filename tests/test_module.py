@@ -42,8 +42,11 @@ from stable_opd import (
     TokenLoss,
     TransformersEngine,
 )
+from stable_opd.divergences import ForwardKL
+from stable_opd.mixtures import TeacherMixing, TeacherMixture
 from stable_opd.options import RolloutOptions, UpdateOptions
 from stable_opd.sources import EvaluationSet, Source
+from stable_opd.teachers.base import NOBODY
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 BUDGET = 10
@@ -119,6 +122,26 @@ def test_fine_tuning_alone_equals_plain_cross_entropy_training(
     assert_same_weights(weights(module), dict(model.named_parameters()), rtol=1e-4, atol=1e-5)
     moved = (model.lm_head.weight - tiny_model(1).lm_head.weight).abs().max()
     assert moved > 0.01
+
+
+def test_without_a_row_for_the_teacher_none_is_loaded(build, data):
+    """Not even looked for."""
+    steps = fit(build(samples=0, mixture=GoldenMixture(), teacher="no-such-teacher"), data(), steps=1).steps
+    assert math.isnan(steps[0].get("train/advantage_mean", math.nan))
+    for mixture in (GoldenMixture(loss=ForwardKL()), TeacherMixture(), TeacherMixing()):
+        with pytest.raises(OSError, match="connect"):  # it is looked for on the hub
+            fit(build(samples=0, mixture=mixture, teacher="no-such-teacher"), data(), steps=1)
+
+
+@pytest.mark.parametrize(("samples", "mixture"), [(1, GoldenMixture), (0, TeacherMixture), (0, GoldenMixture)])
+def test_teacher_may_be_left_out_where_there_is_no_row_for_it(samples, mixture, build, data):
+    module = build(samples=samples, mixture=mixture())
+    module.readers.teacher = NOBODY
+    if (samples, mixture) == (0, GoldenMixture):
+        fit(module, data(), steps=1)
+        return
+    with pytest.raises(ValueError, match="Expected a teacher, because there are rows for it"):
+        fit(module, data(), steps=1)
 
 
 @pytest.mark.parametrize("divergence", [ReverseKL, SampledReverseKL])

@@ -59,6 +59,15 @@ def test_each_row_begins_with_its_prompt():
         assert part.tokens.tolist() == PROMPTS.ids[prompt] + completions(rollout)[row]
 
 
+def test_each_row_has_those_fields_of_its_prompt_that_are_asked_for():
+    fields = [{"answer": "1", "subject": "a"}, {"subject": "b"}, {"answer": "3"}]
+    prompts = Prompts(PROMPTS.ids, PROMPTS.golden, PROMPTS.index, fields)
+    writers = Writers(tiny_model(1), TOKENIZER, TransformersEngine(), 2, [EOS], columns=("subject",))
+    rollout = writers.carry_out(mixed_plan(), prompts, Temperature(1.0), PARTS)
+    assert rollout.fields == [{"subject": "a"}, {"subject": "a"}, {"subject": "b"}, {}, {}]
+    assert write(mixed_plan(), prompts)[1].fields == [{}] * 5
+
+
 def test_golden_row_without_a_stop_token_counts_as_cut():
     _, rollout = write(mixed_plan())
     assert rollout.finish[0] == Finish.STOP

@@ -15,6 +15,7 @@ def rollout():
         authors=[Author.STUDENT, Author.GOLDEN, Author.STUDENT],
         finish=[Finish.STOP, Finish.LENGTH, Finish.LOOP],
         behaviour=torch.tensor([-0.1, -0.2, -0.3, -0.4]),
+        fields=[{"row": row} for row in range(3)],
     )
 
 
@@ -55,6 +56,7 @@ def test_select_equals_building_the_rollout_of_those_rows(rows):
     assert part.author.tolist() == [[0, 1, 0][row] for row in rows]
     assert part.finish.tolist() == [[0, 1, 2][row] for row in rows]
     assert part.texts == [whole.texts[row] for row in rows]
+    assert part.fields == [{"row": row} for row in rows]
     torch.testing.assert_close(part.behaviour_logprobs, torch.tensor([x for row in rows for x in behaviour[row]]))
 
 

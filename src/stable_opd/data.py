@@ -85,6 +85,10 @@ class PromptDataModule(LightningDataModule):
         """
         return self._reader(tokenizer, self.columns).text(prompt)
 
+    def tokens(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return a prompt as the token ids that a model with that tokenizer reads."""
+        return self._reader(tokenizer, self.columns).tokens(prompt)
+
     @property
     def most_answers(self) -> int:
         """Answers of the largest evaluation batch; 0 before the sets are loaded."""

@@ -124,6 +124,12 @@ class Reader:
             )
         return prompt + after
 
+    def tokens(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Return a prompt as the token ids that a model reads."""
+        # A chat template writes its special tokens itself; adding them again would double the start token.
+        ids: list[int] = self.tokenizer.encode(self.text(prompt), add_special_tokens=not self.chat_template)
+        return ids
+
     def _check_columns(self, source: Source, present: list[str]) -> None:
         """Refuse a table without the columns that cannot be done without."""
         needed = {"prompt": self.columns.prompt} | ({"judged": self.columns.judged} if self.trains else {})
@@ -139,11 +145,9 @@ class Reader:
         prompt = row[self.columns.prompt]
         if not prompt:
             raise ValueError(f"Expected every prompt to have some text, but got {prompt!r} in the example {dict(row)}.")
-        text = self.text(prompt)
-        # A chat template writes its special tokens itself; adding them again would double the start token.
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not self.chat_template)
+        ids = self.tokens(prompt)
         if not ids:
-            raise ValueError(f"Expected every prompt to have some tokens, but got none for {text!r}.")
+            raise ValueError(f"Expected every prompt to have some tokens, but got none for {self.text(prompt)!r}.")
         return ids
 
     def _golden(self, row: Mapping[str, Any]) -> tuple[str | None, list[int] | None]:

@@ -108,7 +108,8 @@ class Learner:
             rows = rollout.lengths.argmax()[None]
         objective, padded, event = self.objective.awake(), not packs(self.model), self.rule.student
         cutting = Cutting(self.options.micro_batch_tokens, padded, moment.progress, self.stop, event)
-        pieces = list(cut(rollout, repetition, objective, cutting, rows))
+        parts = self.readers.teacher.apart(rollout, rows)  # a micro-batch is for one model of the teacher's
+        pieces = [piece for part in parts for piece in cut(rollout, repetition, objective, cutting, part)]
         readings: Iterable[list[Reading]] = self.read(pieces)
         looking = any(each.needs_scores for each in self.weightings)
         if looking or self._compares(moment):  # they are read more than once

@@ -1,9 +1,11 @@
 """Language models as this library uses them: where they are loaded from, their head, and whether two of them fit."""
 
 import copy
+import hashlib
 import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -98,6 +100,23 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that stands beside a model."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(path))
     return tokenizer
+
+
+def digest(path: str) -> str:
+    """Return what tells the files of a model and its tokenizer from any others: the commit of a hub, or a digest.
+
+    Args:
+        path: As for `load_model`. All bytes of a folder are read, which takes some seconds for a GB.
+    """
+    commit = getattr(AutoConfig.from_pretrained(resolve(path)), "_commit_hash", None)
+    if commit is not None:
+        return f"{path} {commit}"
+    whole = hashlib.sha256()
+    for file in sorted(Path(resolve(path)).iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja"):
+            with file.open("rb") as opened:
+                whole.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return whole.hexdigest()
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -43,7 +43,8 @@ from stable_opd.stopwatch import Stopwatch
 from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
-from stable_opd.teachers.base import check_served
+from stable_opd.teachers.base import NOBODY, check_served
+from stable_opd.teachers.introduction import Answers, introduce
 from stable_opd.terminal import SEPARATE, SemanticClass, StopRule, TerminalIds, TerminalPolicy, announce
 from stable_opd.terms import LossTerm, check_term_names
 from stable_opd.types import Author, Plan, Prompts, Rollout
@@ -55,7 +56,7 @@ class OPDModule(LightningModule):
 
     Args:
         student: The model that learns: a folder, a hub name, or ``testbed:student``.
-        teacher: Who scores the student's tokens.
+        teacher: Who scores the student's tokens; null where nobody has to, as in fine-tuning alone.
         divergence: What pulls the student to the teacher.
         mixture: Whose text the student learns from.
         repetition: Which tokens count as repeated.
@@ -76,7 +77,7 @@ class OPDModule(LightningModule):
     def __init__(  # noqa: PLR0913  # one for each part of a recipe
         self,
         student: str,
-        teacher: Teacher,
+        teacher: Teacher | None,
         divergence: Divergence,
         mixture: Mixture,
         repetition: RepetitionDetector,
@@ -111,7 +112,7 @@ class OPDModule(LightningModule):
         self.reference, self.terminal = reference or InitialStudent(), terminal or SemanticClass()
         self.stop_rule = SEPARATE  # until the models are there
         # What serves and does not learn stays out of the module's parameters and checkpoints.
-        self.readers = Readers(teacher, "reference" in update.offload)
+        self.readers = Readers(teacher or NOBODY, "reference" in update.offload)
         self.engine = engine or InProcessEngine()
         self.report = StepReport(rollout.max_new_tokens)
         self.evaluation = Evaluation(rollout.max_new_tokens, rollout.eval_temperature)
@@ -134,6 +135,12 @@ class OPDModule(LightningModule):
     def present_mixture(self) -> Mixture:
         """The mixture, or the student alone while the mixture rests."""
         return self.mixture if self.mixture.strength else StudentOnly()
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether there are rows that the teacher has to score, to write, or to have a say in."""
+        terms = [self.mixture, *(self.objective.own.values() if self.rollout_options.samples_per_prompt else ())]
+        return any(each.needs_teacher for each in terms) or self.mixture.needs_writing_teacher or self.mixture.blends
 
     @property
     def progress(self) -> float:
@@ -159,8 +166,13 @@ class OPDModule(LightningModule):
             # Before a checkpoint is restored: the reference is the initial student.
             self.readers.keep_reference(self.student, adapted=self.adapter is not None)
         looking = [name for name, each in self.weighting.items() if cast(Weighting, each).needs_scores]
-        check_served(self.readers.teacher, self.objective.terms, looking)
-        self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
+        if self.asks_teacher:
+            check_served(self.readers.teacher, self.objective.terms, looking)
+            golden = self.mixture.needs_teacher
+            answers = Answers(getattr(self._trainer, "datamodule", None), self.rollout_options.max_new_tokens, golden)
+            introduce(self.readers.teacher, self.student_path, self.student, self.tokenizer, self.device, answers)
+        else:
+            self.readers.teacher = NOBODY  # so that none is loaded
         if self.mixture.needs_writing_teacher or self.mixture.blends:
             _ = self.readers.teacher.language_model  # refuses if it cannot write
         ids = TerminalIds.of(self.stop, self.readers.teacher.stop_ids, self.tokenizer)
@@ -227,7 +239,8 @@ class OPDModule(LightningModule):
         teacher = self.readers.teacher if learning else None
         budget = self.rollout_options.max_new_tokens
         rule = self.stop_rule if learning else SEPARATE
-        writers = Writers(self.model, self.tokenizer, self.engine, budget, self.stop_rule.stop, teacher, rule)
+        columns = teacher.columns if teacher else ()
+        writers = Writers(self.model, self.tokenizer, self.engine, budget, self.stop_rule.stop, teacher, rule, columns)
         mixture = self.present_mixture
         with teacher.present() if teacher and mixture.blends else nullcontext():
             blend = None

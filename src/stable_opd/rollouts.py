@@ -45,6 +45,7 @@ class Writers:
         stop: Token ids that end a row.
         teacher: Writes the rows that are planned for it, at temperature 1, in this process.
         rule: Which of the stop tokens are drawn as one.
+        columns: Fields of the prompts that go with their rows.
     """
 
     student: PreTrainedModel
@@ -54,6 +55,7 @@ class Writers:
     stop: Sequence[int]
     teacher: Teacher | None = None
     rule: StopRule = SEPARATE
+    columns: Sequence[str] = ()
 
     def carry_out(
         self,
@@ -189,6 +191,7 @@ class Writers:
     def _pack(self, plan: Plan, prompts: Prompts, rows: list["_Row"]) -> Rollout:
         device = self.student.device
         heads = {index: torch.tensor(prompts.ids[index], device=device) for index in set(plan.prompt)}
+        fields = [{name: each[name] for name in self.columns if name in each} for each in prompts.fields]
         return Rollout(
             tokens=torch.cat(
                 [part for prompt, row in zip(plan.prompt, rows, strict=True) for part in (heads[prompt], row.tokens)]
@@ -201,6 +204,7 @@ class Writers:
             behaviour_logprobs=torch.cat([row.logprobs for row in rows]),
             token_author=torch.cat([row.authors for row in rows]),
             texts=self.tokenizer.batch_decode([row.tokens.tolist() for row in rows], skip_special_tokens=True),
+            fields=[fields[prompt] for prompt in plan.prompt],
         )
 
 

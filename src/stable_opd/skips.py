@@ -217,19 +217,20 @@ def _save(case: Case, found: Study, folder: Path | None, rank: int) -> str:
     others = [each for each in folder.glob(f"*-process={rank}.safetensors") if each != path]
     if len(others) >= KEPT:
         return f"The batch is not kept: there are {KEPT} in {folder} already."
-    tensors = {f.name: getattr(case.rollout, f.name) for f in fields(case.rollout) if f.name != "texts"}
-    tensors |= {"index": torch.tensor(case.index)}
+    rollout = {f.name: getattr(case.rollout, f.name) for f in fields(case.rollout)}
+    plain = {name: rollout.pop(name) for name in ("texts", "fields")}
+    tensors = rollout | {"index": torch.tensor(case.index)}
     tensors |= {f"logprobs/{name}": each for name, each in found.logprobs.items()}
     tensors |= {f"share/{name}": each for name, each in case.work.shares.items()}
     figures = {name: float(each) for name, each in case.scalars.items()}
-    about = {"step": case.moment.step, "process": rank, "gradient_norms": found.norms, "texts": case.rollout.texts}
+    about = {"step": case.moment.step, "process": rank, "gradient_norms": found.norms, **plain}
     about |= {"without_logprob": {name: wrong for name, (wrong, _) in found.wrong.items()}, "figures": figures}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
             {name: each.detach().cpu().contiguous().clone() for name, each in tensors.items()},
             path,
-            {"about": json.dumps(about)},
+            {"about": json.dumps(about, default=str)},
         )
     except (OSError, SafetensorError) as error:  # the latter on a full disk
         return f"The batch could not be kept: {error}."

@@ -108,6 +108,7 @@ class Rollout:
             that were not drawn, (N,).
         token_author: `Author` of each completion token; a row may have begun with somebody else's, (N,).
         texts: Completion of each row as text, without special tokens.
+        fields: What the teacher reads of each row's example (`Teacher.columns`).
     """
 
     tokens: Tensor
@@ -119,6 +120,7 @@ class Rollout:
     behaviour_logprobs: Tensor
     token_author: Tensor
     texts: list[str]
+    fields: list[Mapping[str, Any]]
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -180,6 +182,7 @@ class Rollout:
             behaviour_logprobs=self.behaviour_logprobs[places],
             token_author=self.token_author[places],
             texts=[self.texts[row] for row in rows.tolist()],
+            fields=[self.fields[row] for row in rows.tolist()],
         )
 
 

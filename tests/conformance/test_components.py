@@ -13,12 +13,20 @@ for module in pkgutil.walk_packages(stable_opd.__path__, "stable_opd."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)  # also what no package announces yet
 
+
+def named(name, **init_args):
+    return {"class_path": name, "init_args": init_args}
+
+
 #: Values of parameters that have no sensible default.
 REQUIRED = {
     "AllOf": {"detectors": ["PeriodicSuffix", "NGramLoop"]},
     "AnyOf": {"detectors": ["PeriodicSuffix", "ZlibRepetition"]},
+    "CachedTeacher": {"teacher": named("LocalTeacher", path="testbed:teacher"), "folder": "scores"},
     "CombinedMixture": {"parts": ["GoldenMixture", "ReplayMixture"]},
     "LocalTeacher": {"path": "testbed:teacher"},
+    "PrivilegedTeacher": {"teacher": "SelfTeacher", "template": "{golden}"},
+    "RoutedTeacher": {"teachers": {"some": "SelfTeacher"}, "column": "subject"},
     "SpecialTokens": {"tokens": [7, 9]},
     "VLLMEngine": {"server": {"model": "student"}},
     "VLLMTeacher": {"server": {"model": "teacher"}},
@@ -39,10 +47,6 @@ def test_component_keeps_to_its_contract(kind, name):
 @pytest.mark.parametrize("kind", sorted(kinds()))
 def test_components_of_a_kind_go_together(kind):
     check_kind(kind)
-
-
-def named(name, **init_args):
-    return {"class_path": name, "init_args": init_args}
 
 
 def variants():

@@ -410,6 +410,42 @@ def test_other_families_are_healthy_up_to_what_they_never_learned(pair, capsys, 
     assert facts["measured"]["drift"] < 1e-3
 
 
+def wrapped(**teacher):
+    return {"class_path": teacher.pop("name"), "init_args": teacher}
+
+
+@pytest.mark.parametrize("template", ["{golden} {prompt}", "{prompt}"])
+def test_teacher_who_reads_more_is_measured_as_it_reads(pair, capsys, template):
+    """Some golden solutions do not fit behind their own, and are left out; on the prompt alone the student agrees."""
+    pair.rows = [pair.rows[0] | {"golden": "1 ; " * 25 + "# 1"}, *pair.rows]
+    pair.recipe["model"] |= {"teacher": wrapped(name="PrivilegedTeacher", teacher="SelfTeacher", template=template)}
+    pair.recipe["model"]["rollout"]["max_new_tokens"] = 16
+    status, facts = doctor(capsys, "-c", pair.write())
+    assert status == 0
+    assert facts["measured"]["stop_student"] > 0.9
+    assert (facts["measured"]["kl"] > 0.1) == (template != "{prompt}")
+    assert facts["not_checked"]["stop-sets"] == "teacher"
+
+
+def test_several_teachers_are_measured_each_on_its_rows(pair, capsys):
+    measured = []
+    for path in (pair.teacher, pair.student):
+        teachers = {"a": wrapped(name="LocalTeacher", path=str(path)), "b": "SelfTeacher"}
+        pair.rows = [row | {"whose": "ab"[number % 2]} for number, row in enumerate(pair.rows)]
+        pair.recipe["model"]["teacher"] = wrapped(name="RoutedTeacher", teachers=teachers, column="whose")
+        status, facts = doctor(capsys, "-c", pair.write())
+        assert status == 0
+        measured.append(facts["measured"]["kl"])
+    assert measured[0] > 1e-3 > measured[1]
+
+
+def test_without_a_teacher_there_is_nothing_to_measure(pair, capsys):
+    del pair.recipe["model"]["teacher"]
+    pair.recipe["model"]["rollout"]["samples_per_prompt"] = 0
+    status, facts = doctor(capsys, "-c", pair.write())
+    assert (status, facts["findings"], facts["measured"]) == (0, [], None)
+
+
 def test_all_faults_are_told_at_once_the_worst_first(pair, capsys):
     flags = [*golden_beyond_budget(pair), *start_twice(pair), *padded_with_stop(pair), *other_vocabulary(pair)]
     with pytest.raises(SystemExit) as done:
@@ -421,7 +457,7 @@ def test_all_faults_are_told_at_once_the_worst_first(pair, capsys):
     assert text.index("error: models") < places[1]
     assert "Found: 2 errors, 1 warning, 1 note." in text
     assert "Not checked: " in text
-    assert "the teacher is not in this process, or was refused" in " ".join(text.split())
+    assert "no one model of this process is the teacher, or it was refused" in " ".join(text.split())
 
 
 def test_config_that_is_refused_is_status_2(pair, capsys):

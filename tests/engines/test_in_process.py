@@ -35,6 +35,7 @@ MODELS = {
 OTHERS = {
     "gpt_neox": ("gpt_neox", {}, "layers are of the type gpt_neox"),
     "gemma2": ("gemma2", {"attn_logit_softcapping": 2.0}, "layers are of the type gemma2"),
+    "gemma3": ("gemma3_text", {}, "layers are of the type gemma3_text"),
     "mistral, window": ("mistral", {"sliding_window": 4}, "within a window of 4 tokens"),
     "qwen2, window": (
         "qwen2",

@@ -1,5 +1,6 @@
 """Rows of earlier steps."""
 
+import datetime
 import io
 
 import pytest
@@ -127,6 +128,22 @@ def test_checkpoint_goes_through_a_file_and_goes_on_alike():
         assert found.tokens.tolist() == wanted.tokens.tolist()
         assert found.behaviour_logprobs.tolist() == wanted.behaviour_logprobs.tolist()
     assert len(second.rows) == 7
+
+
+def test_fields_come_back_with_their_rows_and_go_through_a_file():
+    """Whatever a data set holds, a checkpoint holds what is loaded without unpickling."""
+    fields = [{"subject": "a", "level": 3, "tags": ["x"]}, {"subject": "b", "day": datetime.date(2026, 1, 2)}]
+    rollout, mixture = make_rollout([[4], [5]], fields=fields), ReplayMixture(rate=2.0)
+    mixture.revise(rollout, 0)
+    file = io.BytesIO()
+    torch.save(mixture.state_dict(), file)
+    file.seek(0)
+    mixture.load_state_dict(torch.load(file, weights_only=True))
+    revised = mixture.revise(rollout, 1)
+    expected = {4: fields[0], 5: {"subject": "b", "day": "2026-01-02"}}
+    assert revised.fields[:2] == fields
+    assert len(revised) == 4
+    assert revised.fields[2:] == [expected[token] for token in revised.completion[2:].tolist()]
 
 
 @pytest.mark.parametrize(("share", "capacity"), [(-0.1, 5), (0.2, 0)])

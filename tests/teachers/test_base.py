@@ -3,43 +3,9 @@
 import pytest
 import torch
 
-from helpers import Recorder, make_trainer
-from stable_opd import LocalTeacher, OPDModule, PeriodicSuffix, PromptDataModule, StudentOnly, build
-from stable_opd.options import RolloutOptions
-from stable_opd.sources import EvaluationSet, Source
-from stable_opd.streaming import known_logprobs
+from stable_opd import LocalTeacher, build
 from stable_opd.terminal import SemanticClass
-
-
-class Telling(LocalTeacher):
-    """Tells its k likeliest tokens."""
-
-    def __init__(self, path, support="topk", k=4):
-        super().__init__(path)
-        self.support, self.k = support, k
-
-    def score(self, rollout):
-        return known_logprobs(super().score(rollout), rollout.completion, self.k)
-
-
-def module_of(teacher, divergence, student="testbed:student", **parts):
-    return OPDModule(
-        student,
-        teacher,
-        divergence,
-        StudentOnly(),
-        PeriodicSuffix(),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-        rollout=RolloutOptions(max_new_tokens=24, samples_per_prompt=1),
-        **parts,
-    )
-
-
-def steps_of(teacher, divergence, count=2, **parts):
-    recorder = Recorder()
-    data = PromptDataModule(Source("testbed:train"), EvaluationSet("testbed:validation"), batch_size=8)
-    make_trainer(recorder, max_steps=count, limit_val_batches=0).fit(module_of(teacher, divergence, **parts), data)
-    return recorder.steps
+from teachers.common import Telling, module_of, steps_of
 
 
 @pytest.mark.parametrize(
@@ -99,7 +65,7 @@ def test_a_weighting_that_compares_whole_distributions_is_refused():
 def test_a_stop_event_is_read_from_what_is_told():
     """The pair whose stop tokens differ: with all tokens told, the step is that of a teacher in this process."""
     found = []
-    for teacher in (LocalTeacher("testbed:control"), Telling("testbed:control", k=20)):
+    for teacher in (LocalTeacher("testbed:control"), Telling("testbed:control", told=20)):
         parts = {"student": "testbed:student-other-stop", "terminal": SemanticClass()}
         found += steps_of(teacher, build("divergence", "TeacherTopK", k=8), 1, **parts)
     for name in ("train/loss", "train/grad_norm", "train/advantage_mean", "train/stop_mass_teacher"):

@@ -112,14 +112,15 @@ class Examination(CLI):
             plan, capacity = model.memory_plan(), _capacity(self.trainer.strategy.root_device)
             self.diagnosis.memory, self.diagnosis.capacity = max(plan.peaks.values()), capacity
             self._examine(replace(patient, memory=plan, capacity=capacity))
-        if not self.diagnosis.report.of("error") and patient.teacher and patient.examples:
+        comparable = patient.learner and model.asks_teacher and model.readers.teacher.support == "full"
+        if not self.diagnosis.report.of("error") and comparable and patient.examples:
             self._try("models", lambda: self._measure(model, patient))
 
     def _measure(self, model: OPDModule, patient: Patient) -> None:
         model.to(self.trainer.strategy.root_device)
         model.place()
         room = min((each for each in patient.contexts.values() if each is not None), default=sys.maxsize)
-        stop = sorted(patient.teacher.stop) if patient.teacher else []
+        stop = sorted(model.readers.teacher.stop_ids or model.stop)
         with self.trainer.precision_plugin.forward_context():
             self.diagnosis.measured = measure(model, patient.examples or [], stop, room)
         self._examine(replace(patient, measured=self.diagnosis.measured))

@@ -1,8 +1,8 @@
 """What student and teacher say of some prompts before the first step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from stable_opd.randomness import global_seed
 from stable_opd.rollouts import Writers
 from stable_opd.scoring import HiddenStates, Opinion, body, micro_batches
 from stable_opd.streaming import opinion, tiles
+from stable_opd.teachers import Teacher
 from stable_opd.types import NOT_SCORED, Author, Evidence, Plan, Rollout
 
 if TYPE_CHECKING:
@@ -66,9 +67,14 @@ def measure(module: "OPDModule", examples: Sequence[Example], teacher_stop: Sequ
     module.model.eval()
     prompts = collate(list(enumerate(examples[:PROMPTS])), None)
     budget = min(TOKENS, module.rollout_options.max_new_tokens)
-    writers = Writers(module.model, module.tokenizer, module.engine, budget, module.stop)
+    teacher = module.readers.teacher
+    writers = Writers(module.model, module.tokenizer, module.engine, budget, module.stop, columns=teacher.columns)
     plan = student_rows(prompts, 1)
-    short = [row for row, each in enumerate(prompts.golden) if each and len(prompts.ids[row]) + len(each) <= room]
+    short = [
+        row
+        for row, each in enumerate(prompts.golden)
+        if each and len(prompts.ids[row]) + len(each) <= room and _fits(teacher, prompts.fields[row], len(each))
+    ]
     written = Plan([*plan.prompt, *short], [*plan.author, *[Author.GOLDEN] * len(short)])
     rollout = writers.carry_out(written, prompts, module.sampler, (global_seed(), "doctor"))
     found, drift = Diagnostics(), []
@@ -76,16 +82,25 @@ def measure(module: "OPDModule", examples: Sequence[Example], teacher_stop: Sequ
         _compare(found, part, ours, theirs)
         drift.append((part.behaviour_logprobs - found["student"][-len(part.row) :]).abs())
     weights = found["stands_for"]
-    student, teacher, own = _endings(module, rollout.select(rollout.written_by(Author.GOLDEN)), teacher_stop)
+    ends, theirs_ends, own = _endings(module, rollout.select(rollout.written_by(Author.GOLDEN)), teacher_stop)
     return Measured(
         tokens=len(found["student"]),
         kl=float((found["kl"] * weights).sum() / weights.sum()),
         overlap=float((found["overlap"] * weights).sum() / weights.sum()),
         drift=float(torch.cat(drift).mean()),
-        stop_student=student,
-        stop_teacher=teacher,
+        stop_student=ends,
+        stop_teacher=theirs_ends,
         stop_teacher_own=own,
     )
+
+
+def _fits(teacher: Teacher, fields: Mapping[str, Any], tokens: int) -> bool:
+    """Whether a teacher can score an answer of some tokens."""
+    try:
+        teacher.check([fields], tokens)
+    except ValueError:
+        return False
+    return True
 
 
 def _read(module: "OPDModule", rollout: Rollout) -> Iterator[tuple[Rollout, HiddenStates, Opinion]]:
@@ -93,9 +108,10 @@ def _read(module: "OPDModule", rollout: Rollout) -> Iterator[tuple[Rollout, Hidd
     rows, size = torch.arange(len(rollout), device=rollout.lengths.device), module.update_options.micro_batch_tokens
     teacher, head = module.readers.teacher, output_head(module.model, len(module.tokenizer)).detached()
     with teacher.present():
-        for batch in micro_batches(rollout, rows, size, not packs(module.model)):
-            part = rollout.select(batch)
-            yield part, HiddenStates(body(module.model, part), head), teacher.score(part)
+        for some in teacher.apart(rollout, rows):
+            for batch in micro_batches(rollout, some, size, not packs(module.model)):
+                part = rollout.select(batch)
+                yield part, HiddenStates(body(module.model, part), head), teacher.score(part)
 
 
 def _compare(found: Diagnostics, part: Rollout, ours: HiddenStates, theirs: Opinion) -> None:

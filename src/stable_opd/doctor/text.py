@@ -17,7 +17,7 @@ COLOURS: dict[Severity, str] = {"error": "31", "warning": "33", "note": "36"}
 
 #: Why a check could not be made, by what it lacked.
 REASONS = {
-    "teacher": "the teacher is not in this process, or was refused",
+    "teacher": "no one model of this process is the teacher, or it was refused",
     "contexts": "no model was loaded",
     "data": "no data was loaded",
     "examples": "no data was loaded",

@@ -1,6 +1,8 @@
 """Rollouts of earlier steps, learnt from once more."""
 
+import json
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -108,9 +110,15 @@ def _taken(rollout: Rollout) -> list[dict[str, Any]]:
     parts = {name: getattr(rollout, name).cpu().split(sizes.get(name, 1)) for name in _FIELDS}
     # Clones, as a part would keep the whole batch in memory and in the checkpoints.
     return [
-        {name: each[row].clone() for name, each in parts.items()} | {"text": text}
-        for row, text in enumerate(rollout.texts)
+        {name: each[row].clone() for name, each in parts.items()} | {"text": text, "fields": _plain(fields)}
+        for row, (text, fields) in enumerate(zip(rollout.texts, rollout.fields, strict=True))
     ]
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields in the types of JSON, because checkpoints are loaded without anything that has to be unpickled."""
+    plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
+    return plain
 
 
 def _with_past(rollout: Rollout, past: list[dict[str, Any]]) -> Rollout:
@@ -127,4 +135,5 @@ def _with_past(rollout: Rollout, past: list[dict[str, Any]]) -> Rollout:
         prompt=joined("prompt", [torch.full_like(lengths, -1)]),
         author=joined("author", [author]),
         texts=[*rollout.texts, *(row["text"] for row in past)],
+        fields=[*rollout.fields, *(row["fields"] for row in past)],
     )

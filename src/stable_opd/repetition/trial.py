@@ -190,4 +190,5 @@ def answers(rows: Sequence[Sequence[int]], decode: Decode, finish: Finish) -> Ro
         behaviour_logprobs=torch.zeros(int(lengths.sum())),
         token_author=torch.full((int(lengths.sum()),), int(Author.STUDENT)),
         texts=decode(rows),
+        fields=[{}] * len(rows),
     )

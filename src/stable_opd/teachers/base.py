@@ -1,11 +1,12 @@
 """The contract of a teacher: who scores the student's tokens."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stable_opd.registry import Component
@@ -23,6 +24,16 @@ class Teacher(Component):
     support: Support = "full"
     #: How many of its likeliest tokens it tells; None for all.
     k: int | None = None
+    #: Fields of the examples that it reads, besides the tokens; they come with the rows (`Rollout.fields`).
+    columns: tuple[str, ...] = ()
+
+    def meet(self, student: PreTrainedModel, tokens: Callable[[str], list[int]]) -> None:
+        """Get to know the student, before `setup`; most teachers need not.
+
+        Args:
+            student: The model that learns.
+            tokens: Turns a prompt into token ids as the data module does, chat template and instruction included.
+        """
 
     @abstractmethod
     def setup(self, student: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
@@ -36,6 +47,27 @@ class Teacher(Component):
         Raises:
             ValueError: If this teacher cannot score that student.
         """
+
+    def check(self, examples: Sequence[Mapping[str, Any]], budget: int) -> None:
+        """Make sure that answers to some examples can be scored, after `setup`.
+
+        Args:
+            examples: Their fields.
+            budget: Tokens of the longest answer.
+
+        Raises:
+            ValueError: If not; here, if a column is missing.
+        """
+        missing = sorted({name for name in self.columns for each in examples if each.get(name) is None})
+        if missing:
+            raise ValueError(
+                f"Expected examples with {' and '.join(map(repr, missing))}, because {type(self).__name__} reads it, "
+                "but some have none. Drop them, or name another column in model.teacher."
+            )
+
+    def apart(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
+        """Cut rows, whose numbers are given, into those that may be scored together; all of them may here."""
+        return [rows]
 
     #: Whether `present` costs time, so that all rows are to be scored in one go.
     offload: bool = False
@@ -62,6 +94,18 @@ class Teacher(Component):
         )
 
     @property
+    def identity(self) -> str:
+        """What tells it from any teacher that would score otherwise; it is known before `setup`.
+
+        Raises:
+            ValueError: If nothing does.
+        """
+        raise ValueError(
+            f"Expected a teacher whose scores can be kept, but nothing tells a {type(self).__name__} from another one. "
+            "Leave out the CachedTeacher around it."
+        )
+
+    @property
     def stop_ids(self) -> tuple[int, ...] | None:
         """Token ids that end its answers, after `setup`; None if it does not say."""
         return None
@@ -80,6 +124,23 @@ class Teacher(Component):
         """How many tokens the teacher can read, or None if it does not say."""
 
 
+class _Nobody(Teacher):
+    """Scores nothing, where no row is for a teacher."""
+
+    context_length = None
+
+    def setup(self, student: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        """Do nothing."""
+
+    def score(self, rollout: Rollout) -> Opinion:
+        """Refuse."""
+        raise RuntimeError("Rows of the student's were written though none were asked for, so no teacher was loaded.")
+
+
+#: Stands where no row is for a teacher, so that none is loaded.
+NOBODY: Teacher = _Nobody()
+
+
 def check_served(teacher: Teacher, terms: Mapping[str, LossTerm], comparing: Sequence[str] = ()) -> None:
     """Make sure that a teacher tells what the terms read.
 
@@ -91,6 +152,11 @@ def check_served(teacher: Teacher, terms: Mapping[str, LossTerm], comparing: Seq
     Raises:
         ValueError: If it does not; the message says who reads more.
     """
+    if teacher is NOBODY:
+        raise ValueError(
+            "Expected a teacher, because there are rows for it to score or to write, but got none. Set model.teacher; "
+            "only fine-tuning (GoldenMixture with model.rollout.samples_per_prompt: 0) does without."
+        )
     name, most = type(teacher).__name__, SUPPORTS.index(teacher.support)
     for key, term in terms.items():
         what = f"{type(term).__name__} ({key})"

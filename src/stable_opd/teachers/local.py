@@ -10,6 +10,7 @@ from stable_opd.models import (
     Quantization,
     check_same_vocabulary,
     context_length,
+    digest,
     load_model,
     load_tokenizer,
     output_head,
@@ -63,6 +64,11 @@ class LocalTeacher(Teacher):
     def stop_ids(self) -> tuple[int, ...]:
         """Those of its generation config and its tokenizer."""
         return self._stop_ids
+
+    @property
+    def identity(self) -> str:
+        """A digest of its files, and how its layers are stored."""
+        return f"{digest(self.path)} {self.quantization}"
 
     def setup(self, student: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         """Load the model and compare the vocabularies."""

@@ -144,6 +144,7 @@ def make_rollout(rows: Sequence[Sequence[int]], finish: Finish = Finish.LENGTH) 
         behaviour_logprobs=-torch.rand(int(lengths.sum()), generator=generator),
         token_author=author.repeat_interleave(lengths),
         texts=[" ".join(f"word number {token}" for token in row) for row in rows],
+        fields=[{}] * len(rows),
     )
 
 
