@@ -75,7 +75,8 @@ def _own(
         finish=one,
         behaviour_logprobs=none,
         token_author=none,
-        texts=[],
+        texts=[""],
+        fields=[{}],
     )
     states = body(model, read)[places.to(tokens.device)]
     with torch.autocast(states.device.type, enabled=False):  # as in the loss
