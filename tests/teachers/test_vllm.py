@@ -35,8 +35,8 @@ def stand_in():
         yield found
 
 
-def set_up(server, **options):
-    teacher = VLLMTeacher(server, **options)
+def set_up(server, k=4, **options):
+    teacher = VLLMTeacher(server, k=k, **options)
     teacher.setup("testbed:student", TOKENIZER, CPU)
     return teacher
 
@@ -65,8 +65,8 @@ def test_says_what_it_tells_and_how_far_it_reads(server):
         "topk",
         3,
     )
-    teacher = VLLMTeacher(server, stop_ids=[3, 5])
-    assert (teacher.context_length, teacher.stop_ids, VLLMTeacher(server).stop_ids) == (None, (3, 5), None)
+    teacher = VLLMTeacher(server, k=1, stop_ids=[3, 5])
+    assert (teacher.context_length, teacher.stop_ids, VLLMTeacher(server, k=1).stop_ids) == (None, (3, 5), None)
     teacher.setup("testbed:student", TOKENIZER, CPU)
     assert teacher.context_length == server.context_length() - 1
     longest = make_rollout([[1] * (teacher.context_length - 4)], [PROMPTS[0][:4]])
@@ -75,6 +75,8 @@ def test_says_what_it_tells_and_how_far_it_reads(server):
         teacher.score(make_rollout([[1] * (teacher.context_length - 3)], [PROMPTS[0][:4]]))
     with pytest.raises(ValueError, match="k of at least 0"):
         VLLMTeacher(server, k=-1)
+    with pytest.raises(ValueError, match="k of at least 1 with stop_ids"):
+        VLLMTeacher(server, stop_ids=[3])
 
 
 def test_padding_of_the_model_takes_no_place_among_the_likeliest(stand_in):

@@ -30,14 +30,19 @@ class VLLMTeacher(Teacher):
     Args:
         server: Where it is.
         k: How many of its likeliest tokens it tells at each place; a server allows 20 unless it is started with
-            ``--max-logprobs``. They are also what the stop tokens of a terminal policy are looked for in, so a few are
-            worth having even for divergences that read the written token alone. 0 asks for none.
+            ``--max-logprobs``. With 0, components that read written tokens alone are served. Where several tokens end
+            an answer, their probabilities are looked for here, so a few are needed: 4, for instance.
         stop_ids: Token ids that end the teacher's answers, which a server does not say; none takes the student's.
     """
 
-    def __init__(self, server: Server, k: int = 4, stop_ids: Sequence[int] = ()) -> None:
+    def __init__(self, server: Server, k: int = 0, stop_ids: Sequence[int] = ()) -> None:
         if k < 0:
             raise ValueError(f"Expected k of at least 0, but got {k}.")
+        if stop_ids and not k:
+            raise ValueError(
+                "Expected k of at least 1 with stop_ids, because the probabilities of stop tokens that were not written "
+                "are looked for among the likeliest tokens, but got 0. Set model.teacher.k to 4."
+            )
         self.server, self.k = server, k
         self.support: Support = "topk" if k else "sampled"
         self._stop_ids = tuple(stop_ids)
