@@ -40,8 +40,8 @@ class VLLMTeacher(Teacher):
             raise ValueError(f"Expected k of at least 0, but got {k}.")
         if stop_ids and not k:
             raise ValueError(
-                "Expected k of at least 1 with stop_ids, because the probabilities of stop tokens that were not written "
-                "are looked for among the likeliest tokens, but got 0. Set model.teacher.k to 4."
+                "Expected k of at least 1 with stop_ids, because the probabilities of stop tokens that were not "
+                "written are looked for among the likeliest tokens, but got 0. Set model.teacher.k to 4."
             )
         self.server, self.k = server, k
         self.support: Support = "topk" if k else "sampled"
