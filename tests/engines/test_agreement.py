@@ -11,7 +11,7 @@ from stable_opd.engines import Completions, InProcessEngine
 from stable_opd.engines.agreement import RULED_OUT, Gap, gap
 from stable_opd.samplers import TopK
 from stable_opd.terminal import StopEvent
-from writing import make_request
+from writing import PROMPTS, full_forward, make_request
 
 
 class NotTwice(Sampler):
@@ -59,6 +59,15 @@ def test_token_that_the_sampler_ruled_out_counts_as_very_unlikely(model):
     request = make_request()
     found = gap(model, request, TopK(1), written(model, Temperature(1.0), request))
     assert 1 < found.mean < found.largest <= -RULED_OUT
+
+
+def test_token_that_was_very_unlikely_and_is_said_to_be_has_no_gap(model):
+    request, tokens = make_request(prompt=[0]), [3, 17, 5, 0, 11, 2, 9]
+    logprobs = full_forward(model, Temperature(0.1), PROMPTS[0], tokens)
+    assert logprobs.min() < 2 * RULED_OUT
+    one = torch.ones(1, dtype=torch.long)
+    found = gap(model, request, Temperature(0.1), Completions(torch.tensor(tokens), logprobs, one * 7, one))
+    assert found.largest < 1e-3
 
 
 def test_rows_without_tokens_have_no_gap(model):

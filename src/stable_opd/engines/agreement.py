@@ -15,7 +15,7 @@ from stable_opd.types import Rollout
 #: Rows that are looked at, and tokens of each, both evenly spread.
 ROWS, TOKENS = 8, 64
 
-#: Log-prob that stands for a token that the sampler ruled out: at its border, rounding decides whether one is.
+#: Log-probs below count as this one, and so does a token that the sampler ruled out: at its border, rounding decides.
 RULED_OUT = -10.0
 
 
@@ -48,7 +48,8 @@ def gap(model: PreTrainedModel, request: Request, sampler: Sampler, written: Com
         start, end = int(ends[row] - written.lengths[row]), int(ends[row])
         places = _spread(torch.arange(end - start), TOKENS)
         own = _own(model, request, sampler, row, written.tokens[start:end], places)
-        found.append((own.clamp(min=RULED_OUT) - written.logprobs[start:end][places.to(own.device)]).abs())
+        theirs = written.logprobs[start:end][places.to(own.device)]
+        found.append((own.clamp(min=RULED_OUT) - theirs.clamp(min=RULED_OUT)).abs())
     if not found:
         return Gap(0.0, 0.0)
     distances = torch.cat(found)
