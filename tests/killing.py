@@ -62,11 +62,13 @@ class _HalfWriting(TorchCheckpointIO):
         Path(path).write_bytes(whole)
 
 
-def attempt(arguments: list[str]) -> multiprocessing.Process:
+def attempt(arguments: list[str], **environment: str) -> multiprocessing.Process:
     """Start `stable-opd` in a process that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stable_opd.cli"])
-    process = context.Process(target=_main, args=(arguments, os.getcwd(), os.environ | {"PL_GLOBAL_SEED": "0"}))
+    process = context.Process(
+        target=_main, args=(arguments, os.getcwd(), os.environ | {"PL_GLOBAL_SEED": "0"} | environment)
+    )
     process.start()
     return process
 

@@ -10,6 +10,7 @@ import yaml
 
 import mathematics
 from helpers import problems, write_jsonl
+from sharded import run
 from stable_opd.cli import main
 from stable_opd.resume import step_of
 from standing_in import standing_in
@@ -117,6 +118,32 @@ def test_recipe_for_mathematics_runs_with_stand_ins(config, stand_ins, tmp_path,
     assert {"train/loss/mixture", "val/accuracy", "val/aime24/sampled/pass_at_32"} <= set(found)
     assert "val/math500/sampled/pass_at_32" not in found
     assert ("train/length_mean" in found) == (config.stem != "warm_start")  # somebody wrote
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["one_gpu"], ["eight_gpus", "two_nodes"]], ids=lambda names: names[-1])
+def test_recipe_for_other_devices_runs_with_stand_ins(names, stand_ins, tmp_path, monkeypatch):
+    """Over the recipe for mathematics, as their headers say; what is sharded is so here too, on one process."""
+    monkeypatch.chdir(tmp_path)
+    first = FOLDER / "math" / "stable_opd.yaml"
+    configs = [first, *(FOLDER / "devices" / f"{name}.yaml" for name in names)]
+    small = {name: value for name, value in smaller(first).items() if name != "--trainer.strategy"}
+    small |= {"--trainer.num_nodes": "1"}
+    arguments = [part for config in configs for part in ("-c", str(config))]
+    arguments += flags(small | stand_ins | {"--data.train.part": json.dumps([0, 4])})
+    assert run(["fit", *arguments], 1) == [0]
+    (path,) = tmp_path.rglob("last-step=2.ckpt")
+    assert path.is_dir() == (names != ["one_gpu"])
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    assert {"train/loss/mixture", "val/aime24/sampled/pass_at_32"} <= set(
+        metrics.read_text().splitlines()[0].split(",")
+    )
+
+
+def test_every_recipe_is_run_here():
+    found = {path.relative_to(FOLDER).parts[0] for path in CONFIGS if path.parent != FOLDER}
+    assert found == {"math", "devices"}
+    assert {path.stem for path in (FOLDER / "devices").glob("*.yaml")} == {"one_gpu", "eight_gpus", "two_nodes"}
 
 
 def test_parts_of_the_warm_start_and_of_the_distillation_share_nothing():

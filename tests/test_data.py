@@ -241,13 +241,17 @@ def test_missing_prompt_column_lists_those_that_exist(prepare, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("a.jsonl", "{not json"), ("a.parquet", "PAR"), ("a.json", '[{"prompt": ')],
-    ids=["jsonl", "parquet", "json"],
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", '{"prompt": "Q"}\n{not json', "Expected JSON in UTF-8, .*a.jsonl, line 2. Mend"),
+        ("a.json", '[{"prompt": ', "Expected JSON in UTF-8, .*a.json. Mend"),
+        ("a.parquet", "PAR", r"Could not read examples from .*a.parquet.*\.jsonl, \.json or \.parquet"),
+    ],
+    ids=["jsonl", "json", "parquet"],
 )
-def test_unreadable_file_names_the_file_and_the_formats(name, content, prepare, tmp_path):
+def test_unreadable_file_is_named_with_the_way_out(name, content, says, prepare, tmp_path):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"(?s)Could not read examples from .*{name}.*\.jsonl, \.json or \.parquet"):
+    with pytest.raises(ValueError, match=f"(?s){says}"):
         prepare(PromptDataModule(Source(str(tmp_path / name)), batch_size=1))
 
 

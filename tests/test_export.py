@@ -165,10 +165,10 @@ def test_what_cannot_be_exported_is_refused(trained, student, capsys, tmp_path):
     assert "Expected an empty folder to write to, but got full" in refused(capsys, path, "full")
     assert [each.name for each in Path("full").iterdir()] == ["notes.txt"]
     assert "Leave out --adapter" in refused(capsys, path, "out", "--adapter")
-    assert "there is no nowhere.ckpt" in refused(capsys, "nowhere.ckpt", "out", "--config", "recipe.yaml")
+    assert "there is no whole one at nowhere.ckpt" in refused(capsys, "nowhere.ckpt", "out", "--config", "recipe.yaml")
     Path("shards.ckpt").mkdir()
-    sharded = refused(capsys, "shards.ckpt", "out", "--config", "recipe.yaml")
-    assert "python -m lightning.pytorch.utilities.consolidate_checkpoint shards.ckpt" in " ".join(sharded.split())
+    empty = refused(capsys, "shards.ckpt", "out", "--config", "recipe.yaml")
+    assert "Expected a checkpoint, but there is no whole one at shards.ckpt" in " ".join(empty.split())
     moved = path.rename(tmp_path / "moved.ckpt")
     Path("recipe.yaml").rename("renamed.yaml")
     assert "Name it with --config" in " ".join(refused(capsys, moved, "out").split())

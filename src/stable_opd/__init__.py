@@ -30,6 +30,7 @@ from stable_opd.samplers import Sampler, Temperature, TopP
 from stable_opd.schedules import Cosine, Linear, Schedule
 from stable_opd.scoring import LogprobError, logprob_error
 from stable_opd.sources import Columns, EvaluationSet, Source
+from stable_opd.strategy import ShardedStrategy
 from stable_opd.students import LoRA
 from stable_opd.tasks import ExactMatch, MathVerify, ModularChains, Task
 from stable_opd.teachers import LocalTeacher, Teacher
@@ -83,6 +84,7 @@ __all__ = [
     "Schedule",
     "Scores",
     "SemanticClass",
+    "ShardedStrategy",
     "Source",
     "StudentOnly",
     "Task",

@@ -17,14 +17,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from stable_opd import registry, resume
-from stable_opd.bench.yamls import load
+from stable_opd import registry, resume, secrets
+from stable_opd.bench.yamls import SpecError, load, load_file
 from stable_opd.callbacks import AnswerWriter, OPDProgressBar, RolloutSamples, RunCheckpoint
 from stable_opd.commands import COMMANDS
 from stable_opd.data import PromptDataModule
 from stable_opd.guard import CollapseGuard
 from stable_opd.hints import hints, options
 from stable_opd.module import OPDModule
+from stable_opd.report.text import visible
+from stable_opd.strategy import check_strategy
 
 #: Trainer values that suit on-policy distillation; a YAML may change them.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -45,8 +47,23 @@ class Parser(LightningArgumentParser):
         """Explain and exit with 2; a parser of one possibility among several leaves it to the others."""
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex
-        print(f"stable-opd: error: {message.strip()}", *hints(message, options(self)), sep="\n\n", file=sys.stderr)
+        said = [f"stable-opd: error: {message.strip()}", *hints(message, options(self))]
+        print(*map(visible, said), sep="\n\n", file=sys.stderr)  # a file may hold what turns a terminal round
         sys.exit(2)
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read a file of settings; refuse one that is no mapping or has a key twice, and say in which line."""
+        try:
+            settings = load_file(Path(cfg_path), "a recipe")
+        except SpecError as error:
+            self.error(str(error))
+        if not isinstance(settings, dict):
+            found = "nothing" if settings is None else repr(settings)[:60]
+            self.error(f"Expected `name: value` lines in {cfg_path}, but got {found}. Write a recipe there.")
+        for key in settings:  # one without settings of its own would be passed over
+            if key not in {each.partition(".")[0] for each in options(self)}:
+                self.error(f"Option '{key}' is not accepted")
+        return super().parse_path(cfg_path, *args, **kwargs)
 
 
 class CLI(LightningCLI):
@@ -59,6 +76,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find where a run goes on: its logger has to write into the folder of that run."""
         self.record: resume.Config = load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        secrets.check(self.record)
         options = self.config[self.subcommand]
         path = options.ckpt_path
         if path is None and self.subcommand == "fit" and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
@@ -70,7 +88,7 @@ class CLI(LightningCLI):
                 self._logger().version = place.folder.name
                 # The metrics that it says it will delete are in the checkpoint.
                 warnings.filterwarnings("ignore", message="Experiment logs directory .* is not empty")
-        elif path is not None and os.path.exists(path):
+        elif path is not None:
             resume.check_whole(Path(path))
         self.checkpoint = path
 
@@ -93,6 +111,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer; a callback of the same kind in the YAML takes the place of ours."""
         options = self.config_init[self.subcommand].trainer
+        check_strategy(options.strategy)
         callbacks = options.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if options.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):

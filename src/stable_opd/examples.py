@@ -11,6 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from stable_opd.randomness import key
 from stable_opd.sources import Columns, Source, read_source
 
+#: Characters of the longest text that is tokenised: more tokens than any student reads.
+LONGEST = 2**20
+
 
 @dataclass(frozen=True)
 class Example:
@@ -72,6 +75,8 @@ class Reader:
                 examples.append((number, self.encode(row)))
             except Dropped as reason:
                 dropped[str(reason)] += 1
+            except ValueError as error:
+                raise ValueError(f"{source.path}, row {number + 1}: {error}") from error
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items(), reverse=True))
         suffix = f" (dropped: {reasons})" if reasons else ""
         found = taken(examples, source.part)
@@ -113,10 +118,16 @@ class Reader:
         """
         after = f"\n{self.instruction}" if self.instruction else ""
         if self.chat_template:
-            messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            messages = _messages(prompt)
             if after:
                 messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + after}]
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            try:
+                return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            except Exception as error:  # whatever a template does with messages of other roles than it knows
+                raise ValueError(
+                    f"Expected messages that the student's chat template takes, but it says {str(error)[:200]!r}. "
+                    "Change the messages, or set data.chat_template=false."
+                ) from error
         if not isinstance(prompt, str):
             raise ValueError(
                 f"Expected prompts to be text, but got a {type(prompt).__name__}. Set data.chat_template=true for "
@@ -125,10 +136,19 @@ class Reader:
         return prompt + after
 
     def tokens(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """Return a prompt as the token ids that a model reads."""
+        """Return a prompt as the token ids that a model reads.
+
+        Raises:
+            Dropped: If it is far too long, and prompts have a limit.
+            ValueError: If it cannot be encoded.
+        """
+        text = self.text(prompt)
+        if len(text) > LONGEST:
+            if self.max_prompt_tokens is not None:
+                raise Dropped("prompts are too long")
+            raise ValueError(_too_long("prompt", text, "prompt"))
         # A chat template writes its special tokens itself; adding them again would double the start token.
-        ids: list[int] = self.tokenizer.encode(self.text(prompt), add_special_tokens=not self.chat_template)
-        return ids
+        return self._tokens(text, add_special_tokens=not self.chat_template)
 
     def _check_columns(self, source: Source, present: list[str]) -> None:
         """Refuse a table without the columns that cannot be done without."""
@@ -144,10 +164,10 @@ class Reader:
     def _prompt(self, row: Mapping[str, Any]) -> list[int]:
         prompt = row[self.columns.prompt]
         if not prompt:
-            raise ValueError(f"Expected every prompt to have some text, but got {prompt!r} in the example {dict(row)}.")
+            raise ValueError(f"Expected every prompt to have some text, but got {prompt!r}. Add it, or drop the row.")
         ids = self.tokens(prompt)
         if not ids:
-            raise ValueError(f"Expected every prompt to have some tokens, but got none for {self.text(prompt)!r}.")
+            raise ValueError(f"Expected every prompt to have some tokens, but got none for {prompt!r:.200}.")
         return ids
 
     def _golden(self, row: Mapping[str, Any]) -> tuple[str | None, list[int] | None]:
@@ -155,9 +175,16 @@ class Reader:
         candidates, right = _listed(row.get(self.columns.golden)), None
         if self.columns.judged is not None:
             right = _listed(row.get(self.columns.judged))
+            if right != [None] and len(right) != len(candidates):
+                raise ValueError(
+                    f"Expected a verdict on each golden solution, but got {len(right)} on {len(candidates)}. "
+                    "Name other columns with data.columns.golden and data.columns.judged."
+                )
             candidates = [text for text, verdict in zip(candidates, right, strict=False) if verdict]
         candidates = [text for text in candidates if text]
         for text in candidates:
+            if self.max_golden_tokens is not None and isinstance(text, str) and len(text) > LONGEST:
+                continue
             solution = self._solution(text)
             if not self.trains or self.max_golden_tokens is None or len(solution) <= self.max_golden_tokens:
                 return text, solution
@@ -170,7 +197,24 @@ class Reader:
             raise ValueError(
                 "Golden solutions end with a stop token, but the student's tokenizer has no eos_token: set it."
             )
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+        if not isinstance(text, str):
+            raise ValueError(
+                f"Expected golden solutions to be text, but got a {type(text).__name__}. Name the column that "
+                "holds them with data.columns.golden."
+            )
+        if len(text) > LONGEST:
+            raise ValueError(_too_long("golden solution", text, "golden"))
+        return [*self._tokens(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+    def _tokens(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except Exception as error:  # of whatever type; a vocabulary of words alone has none for an unknown word
+            raise ValueError(
+                f"Expected text that the student's tokenizer can encode, but it says {str(error)[:200]!r} of "
+                f"{text[:200]!r}. Change the text, or the student."
+            ) from error
+        return ids
 
 
 def taken(examples: list[tuple[int, Example]], part: tuple[int, int] | None) -> list[Example]:
@@ -178,6 +222,25 @@ def taken(examples: list[tuple[int, Example]], part: tuple[int, int] | None) -> 
     if part is not None:
         examples = sorted(examples, key=lambda each: key("part", each[0]))[slice(*part)]
     return [example for _, example in examples]
+
+
+def _messages(prompt: Any) -> list[dict[str, str]]:
+    """Return a prompt as chat messages."""
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    for each in messages:
+        if not isinstance(each, dict) or not all(isinstance(each.get(key), str) for key in ("role", "content")):
+            raise ValueError(
+                "Expected a prompt to be text or a list of chat messages, each with a role and a content of text, but "
+                f"got {str(each)[:200]!r}. Name the column of the prompts with data.columns.prompt."
+            )
+    return messages
+
+
+def _too_long(what: str, text: str, option: str) -> str:
+    return (
+        f"Expected a {what} of at most {LONGEST} characters, but got one of {len(text)}. Drop the row, or let "
+        f"data.max_{option}_tokens drop it."
+    )
 
 
 def _listed(value: Any) -> list[Any]:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
+from stable_opd import shards
+from stable_opd.bench.yamls import load_file
 from stable_opd.models import load_model, load_tokenizer
+from stable_opd.resume import check_whole, peek
 from stable_opd.students import LoRA, check_adapter, describe_adapter
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -19,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def export(args: Sequence[str]) -> None:
     """Turn a checkpoint into a folder that transformers and vLLM load."""
     parser = argparse.ArgumentParser("stable-opd export", description=inspect.getdoc(export))
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint of a run, the .ckpt file")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint of a run, the .ckpt file or folder")
     parser.add_argument("folder", type=Path, help="where to write to; made if there is none, and has to be empty")
     parser.add_argument(
         "--adapter", action="store_true", help="write the adapters alone, for peft, and do not merge them"
@@ -48,7 +50,7 @@ def write_student(
     beside these.
 
     Args:
-        checkpoint: A checkpoint file of Lightning.
+        checkpoint: A checkpoint file of Lightning, or the folder of a sharded one.
         folder: Where to write to.
         adapter_alone: Whether to leave the adapters apart from the weights.
         dtype: Precision to write in; none takes that of the initial student, and leaves adapters in float32.
@@ -60,7 +62,7 @@ def write_student(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected an empty folder to write to, but got {folder}. Choose another one, or delete it.")
-    path, adapter = _recipe(config or _config_of(checkpoint))
+    path, adapter = read_recipe(config or _config_of(checkpoint))
     saved = _load(checkpoint)
     state: dict[str, Tensor] = saved["state_dict"]
     student = {name.removeprefix("student."): each for name, each in state.items() if name.startswith("student.")}
@@ -71,7 +73,7 @@ def write_student(
     elif adapter_alone:
         raise ValueError(f"Expected a run with model.adapter, but {checkpoint} holds all weights. Leave out --adapter.")
     else:
-        model.load_state_dict(student)
+        _fill(model, student, path)
     if dtype is not None:
         model.to(dtype)
     if not adapter_alone:
@@ -93,20 +95,38 @@ def _adapted(model: Any, adapter: LoRA, weights: dict[str, Tensor], alone: bool)
     if adapter.quantization is not None and not alone:
         model = model.dequantize(model.dtype)
     wrapped: Any = get_peft_model(model, adapter.config())
-    wrapped.base_model.model.load_state_dict(weights, strict=False)  # the base is not among them
+    _fill(wrapped.base_model.model, weights, "a student with such adapters", adapters=True)
     return wrapped if alone else wrapped.merge_and_unload()
 
 
-def _load(checkpoint: Path) -> dict[str, Any]:
-    if checkpoint.is_dir():
+def _fill(model: Any, weights: dict[str, Tensor], what: str, adapters: bool = False) -> None:
+    """Give a model its weights; the base of adapters is not among them.
+
+    Raises:
+        ValueError: If they are those of another model.
+    """
+    try:
+        missing, unknown = model.load_state_dict(weights, strict=False)
+        other = [*unknown, *(name for name in missing if not adapters or ".lora_" in name)]
+        why = f"others: {', '.join(other[:3])}"
+    except RuntimeError as error:
+        other, why = ["shapes"], " ".join(str(error).split())[:300]
+    if other:
         raise ValueError(
-            f"Expected a checkpoint file, but got the folder {checkpoint}, which holds one in shards. Join them first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {checkpoint}"
+            f"Expected a checkpoint with the weights of {what}, but got {why}. Name the config.yaml of its run with "
+            "--config."
         )
-    if not checkpoint.exists():
-        raise ValueError(f"Expected a checkpoint file, but there is no {checkpoint}. Look in the run's checkpoints/.")
-    saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    return saved
+
+
+def _load(checkpoint: Path) -> dict[str, Any]:
+    if not (checkpoint / shards.PLAIN if checkpoint.is_dir() else checkpoint).exists():
+        raise ValueError(
+            f"Expected a checkpoint, but there is no whole one at {checkpoint}. Look in the run's checkpoints/."
+        )
+    check_whole(checkpoint)
+    if checkpoint.is_dir():
+        return shards.read(checkpoint, lambda size, dtype: torch.empty(size, dtype=dtype), only={"state_dict"})
+    return peek(checkpoint)
 
 
 def _config_of(checkpoint: Path) -> Path:
@@ -120,10 +140,20 @@ def _config_of(checkpoint: Path) -> Path:
     )
 
 
-def _recipe(config: Path) -> tuple[str, LoRA | None]:
-    """Return path and adapters of a run's student."""
-    if not config.exists():
-        raise ValueError(f"Expected the config.yaml of a run, but there is no {config}.")
-    model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
-    adapter = model.get("adapter")
-    return model["student"], None if adapter is None else LoRA(**adapter)
+def read_recipe(config: Path) -> tuple[str, LoRA | None]:
+    """Return path and adapters of a run's student.
+
+    Raises:
+        ValueError: If a file is no config.yaml of a run.
+    """
+    found = load_file(config, "the config.yaml of a run")
+    model = found.get("model") if isinstance(found, dict) else None
+    student, adapter = (model.get("student"), model.get("adapter")) if isinstance(model, dict) else (None, None)
+    if not isinstance(student, str) or not isinstance(adapter, dict | None):
+        raise ValueError(f"Expected the config.yaml of a run, but got no model.student in {config}. Name another file.")
+    try:
+        return student, None if adapter is None else LoRA(**adapter)
+    except TypeError as error:
+        raise ValueError(
+            f"Expected the settings of adapters in {config}, but got {error}. Mend model.adapter."
+        ) from error

@@ -6,6 +6,8 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from stable_opd.sharding import whole
+
 
 def compare_gradients(
     names: Sequence[str], backward: Callable[[str], None], parameters: Sequence[nn.Parameter]
@@ -42,4 +44,4 @@ def compare_gradients(
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(a.float() * b.float()).sum() for a, b in zip(one, other, strict=True)]).sum()
+    return whole(torch.stack([(a.float() * b.float()).sum() for a, b in zip(one, other, strict=True)]).sum())

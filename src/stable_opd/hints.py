@@ -27,7 +27,9 @@ def hints(message: str, known_options: set[str]) -> list[str]:
         message: What the parser says.
         known_options: All long options that there are.
     """
-    return list(dict.fromkeys(_components(message) + _parameters(message) + _options(message, known_options)))
+    return list(
+        dict.fromkeys(_components(message) + _parameters(message, known_options) + _options(message, known_options))
+    )
 
 
 def _components(message: str) -> list[str]:
@@ -41,7 +43,7 @@ def _components(message: str) -> list[str]:
     return found
 
 
-def _parameters(message: str) -> list[str]:
+def _parameters(message: str, known: set[str]) -> list[str]:
     """A parameter that a component does not take: name those that it takes."""
     found = []
     for path, option in re.findall(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
@@ -50,6 +52,10 @@ def _parameters(message: str) -> list[str]:
         meant = _did_you_mean(option, accepted)
         found.append(f"{name} takes {', '.join(accepted) or 'no parameters'}, but not {option!r}.{meant}")
     for option in re.findall(r"^Option '(\w+)' is not accepted", message.strip()):
+        section = _did_you_mean(option, sorted({each.partition(".")[0] for each in known}))
+        if section:
+            found.append(section.strip())
+            continue
         owners = {name: cls for kind in registry.kinds() for name, cls in registry.components(kind).items()}
         near = [
             f"{name}.{parameter}"

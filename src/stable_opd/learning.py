@@ -14,7 +14,7 @@ from stable_opd.constraints import Constraint
 from stable_opd.gradients import compare_gradients
 from stable_opd.look import Look, glance
 from stable_opd.models import trained
-from stable_opd.objective import Cutting, Objective, Piece, Reading, evaluate
+from stable_opd.objective import Cutting, Objective, Piece, Reading, evaluate, idle_piece, in_step
 from stable_opd.objective import pieces as cut
 from stable_opd.offload import move_state
 from stable_opd.options import UpdateOptions
@@ -24,6 +24,7 @@ from stable_opd.processes import Processes
 from stable_opd.readers import Readers
 from stable_opd.references import Reference
 from stable_opd.schedules import Schedule
+from stable_opd.sharding import is_sharded, reshard, whole
 from stable_opd.stopwatch import Stopwatch
 from stable_opd.tally import Tally
 from stable_opd.terminal import StopRule
@@ -110,6 +111,9 @@ class Learner:
         cutting = Cutting(self.options.micro_batch_tokens, padded, moment.progress, self.stop, event)
         parts = self.readers.teacher.apart(rollout, rows)  # a micro-batch is for one model of the teacher's
         pieces = [piece for part in parts for piece in cut(rollout, repetition, objective, cutting, part)]
+        if is_sharded(self.model):
+            idle = idle_piece(rollout, repetition, cutting, int(rows[0]))
+            pieces = in_step(pieces, idle, self.readers.readings, processes.largest)
         readings: Iterable[list[Reading]] = self.read(pieces)
         looking = any(each.needs_scores for each in self.weightings)
         if looking or self._compares(moment):  # they are read more than once
@@ -184,11 +188,12 @@ class Learner:
             What `Tally.reduced` returns, and the norm of the gradient before clipping, ``grad_norm``.
         """
         scalars: dict[str, Any] = {}
+        reshard(self.readers.reference)
         for name, constraint in self._constraints():
             penalty = constraint.pull(self.model, self.readers.reference, moment.progress)
             if penalty is not None:
                 scalars |= {f"loss/{name}": penalty[0], f"value/{name}": penalty[1]}
-        scalars["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.gradient_clip)
+        scalars["grad_norm"] = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.options.gradient_clip))
         return tally.reduced(processes.total, scalars)
 
     def update(self, optimizer: Any, scheduler: Any, moment: Moment, taken: bool = True) -> None:

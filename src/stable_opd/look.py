@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from stable_opd.divergences.kl import expectation
 from stable_opd.models import Head, output_head
 from stable_opd.objective import Group, Piece, Reading
 from stable_opd.scoring import HiddenStates, body
+from stable_opd.sharding import inside, reshard
 from stable_opd.streaming import opinion, scores, tiles
 from stable_opd.terminal import StopEvent
 from stable_opd.types import Author, Repetition, Rollout
@@ -92,16 +93,18 @@ def glance(
         ValueError: If the teacher did not read what the student wrote.
     """
     found = torch.zeros(4, count, dtype=torch.float32, device=student.device)  # whatever the default is
-    head, learning = _head(student, vocabulary), student.training
+    learning = student.training
     student.eval()
+    head = inside(student, partial(_head, student, vocabulary))  # it stays gathered, if it has to be
     for piece, answers in zip(work, readings, strict=True):
-        states, start = body(student, piece.rollout), 0
+        states, start = inside(student, partial(body, student, piece.rollout)), 0
         for group, reading in zip(piece.groups, answers, strict=True):
             ours = states[start : start + len(group.places)]
             start += len(group.places)
             if group.on_policy:
                 found[:, group.places] = _seen(group, reading, HiddenStates(ours, head, event))
     student.train(learning)
+    reshard(student)
     return Glance(*found)
 
 

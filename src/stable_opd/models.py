@@ -21,6 +21,9 @@ from transformers import (
 
 from stable_opd.testbed import resolve
 
+#: Characters of a library's message that are passed on.
+LONGEST_REASON = 800
+
 #: How the matrices of a model's layers are stored: 4 bits each (QLoRA, arXiv 2305.14314), or 8 (LLM.int8, 2208.07339).
 Quantization = Literal["nf4", "int8"]
 
@@ -37,11 +40,15 @@ def load_model(
             are, and in 4 bits so do matrices whose rows are no multiple of 64. None leaves all as it is.
 
     Raises:
-        ValueError: If the logits are no linear layer of the hidden states, or if the quantization cannot be had.
+        ValueError: If there is no such model, if it brings code of its own, if weights are missing or not finite, if
+            the logits are no linear layer of the hidden states, or if the quantization cannot be had.
     """
     options = {} if quantization is None else _quantized(resolve(path), dtype, quantization)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=dtype or "auto", **options)
+    what = "a causal language model"
+    loaded = _read(what, path, AutoModelForCausalLM, dtype=dtype or "auto", output_loading_info=True, **options)
+    model: PreTrainedModel = loaded[0]
     output_head(model)  # a model whose head we cannot follow is refused here and not an hour later
+    _check_weights(model, path, sorted(loaded[1]["missing_keys"]))
     layer: Any
     for layer in model.modules():
         # On a CPU with the instructions avx512_bf16, bitsandbytes 0.50.2 repacks a layer the first time that it is not
@@ -49,6 +56,44 @@ def load_model(
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def _read(what: str, path: str, loader: Any, **options: Any) -> Any:
+    """Load from a folder or a hub, and never run code that lies there.
+
+    Raises:
+        ValueError: If that cannot be done; the message says why and what to change.
+    """
+    try:
+        # Left open, transformers asks on the terminal whether it may run what it found.
+        return loader.from_pretrained(resolve(path), trust_remote_code=False, **options)
+    except Exception as error:  # whatever a folder or a hub may do, the user must learn which model it was
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"Expected {what} that transformers knows by itself, but {path!r} brings code of its own, which is "
+                "never run. Take a model of a family that is part of transformers, or convert this one to it."
+            ) from error
+        reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
+        raise ValueError(
+            f"Expected {what} in {path!r}, but transformers cannot read it: {reason}. Name a folder that was written "
+            "by save_pretrained, or a hub name."
+        ) from error
+
+
+def _check_weights(model: PreTrainedModel, path: str, missing: list[str]) -> None:
+    """Refuse weights that are not there, which transformers draws at random, or that are no numbers."""
+    broken = [name for name, each in model.named_parameters() if not is_finite(each)]
+    found = f"none for {', '.join(missing[:3])}" if missing else f"nan or infinity in {', '.join(broken[:3])}"
+    if missing or broken:
+        raise ValueError(
+            f"Expected finite weights of the whole model in {path!r}, but got {found}. Take an earlier checkpoint, or "
+            "fetch the files again."
+        )
+
+
+def is_finite(weights: Tensor) -> bool:
+    """Whether weights are neither nan nor infinite; whole numbers always are. One pass, without a copy."""
+    return not weights.is_floating_point() or bool(weights.detach().sum(dtype=torch.float32).isfinite())
 
 
 def _quantized(path: str, dtype: torch.dtype | None, quantization: Quantization) -> dict[str, Any]:
@@ -63,7 +108,7 @@ def _quantized(path: str, dtype: torch.dtype | None, quantization: Quantization)
     if quantization == "int8":
         options = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        config = AutoConfig.from_pretrained(path)
+        config = _read("the config of a language model", path, AutoConfig)
         options = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -98,7 +143,7 @@ def _left_whole(config: Any) -> list[str]:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that stands beside a model."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(path))
+    tokenizer: PreTrainedTokenizerBase = _read("a tokenizer", path, AutoTokenizer)
     return tokenizer
 
 
@@ -108,7 +153,7 @@ def digest(path: str) -> str:
     Args:
         path: As for `load_model`. All bytes of a folder are read, which takes some seconds for a GB.
     """
-    commit = getattr(AutoConfig.from_pretrained(resolve(path)), "_commit_hash", None)
+    commit = getattr(_read("the config of a language model", path, AutoConfig), "_commit_hash", None)
     if commit is not None:
         return f"{path} {commit}"
     whole = hashlib.sha256()

@@ -38,8 +38,10 @@ from stable_opd.repetition import RepetitionDetector
 from stable_opd.reporting import StepReport
 from stable_opd.rollouts import Writers
 from stable_opd.samplers import Sampler, Temperature
+from stable_opd.sharding import InferenceCopy, is_sharded, load_state
 from stable_opd.skips import Case, Skips, undone_if_it_fails
 from stable_opd.stopwatch import Stopwatch
+from stable_opd.strategy import ShardedStrategy, check_optimizer, check_recipe, check_strategy
 from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
@@ -113,6 +115,7 @@ class OPDModule(LightningModule):
         self.stop_rule = SEPARATE  # until the models are there
         # What serves and does not learn stays out of the module's parameters and checkpoints.
         self.readers = Readers(teacher or NOBODY, "reference" in update.offload)
+        self.copy: InferenceCopy | None = None  # where the student is sharded
         self.engine = engine or InProcessEngine()
         self.report = StepReport(rollout.max_new_tokens)
         self.evaluation = Evaluation(rollout.max_new_tokens, rollout.eval_temperature)
@@ -150,6 +153,7 @@ class OPDModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Load the models that the stage needs, and refuse what cannot work."""
+        check_strategy(self.trainer.strategy, str(self.trainer.precision))
         self.load(stage)
         refuse(examine(Patient.of(self, stage)))
 
@@ -191,6 +195,17 @@ class OPDModule(LightningModule):
             self.stop_rule,
         )
 
+    def configure_model(self) -> None:
+        """Shard the models, if the strategy does."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ShardedStrategy):
+            return
+        check_recipe(self.adapter, self.update_options)
+        self.copy = self.copy or InferenceCopy(self.model, strategy.root_device, str(self.trainer.precision))
+        strategy.spread(self.model)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.readers.shard(strategy.spread, not (self.mixture.needs_writing_teacher or self.mixture.blends))
+
     def place(self) -> None:
         """Move what the module does not own to the device, in the student's precision."""
         self.readers.teacher.setup(self.student_path, self.tokenizer, self.device)
@@ -219,9 +234,14 @@ class OPDModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Make the optimizer and its schedule."""
         optimizer = self.make_optimizer(trained(self.model))
+        check_optimizer(optimizer, is_sharded(self.model))
         if self.make_lr_scheduler is None:
             return optimizer
         return [optimizer], [{"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}]
+
+    def writer(self) -> PreTrainedModel:
+        """Return the student as engines need it, whole on each process; if it is sharded, all have to call this."""
+        return self.model if self.copy is None else self.copy.fill(self.model)
 
     def write(
         self, prompts: Prompts, plan: Plan, sampler: Sampler, *key_parts: int | str, learning: bool = False
@@ -240,7 +260,8 @@ class OPDModule(LightningModule):
         budget = self.rollout_options.max_new_tokens
         rule = self.stop_rule if learning else SEPARATE
         columns = teacher.columns if teacher else ()
-        writers = Writers(self.model, self.tokenizer, self.engine, budget, self.stop_rule.stop, teacher, rule, columns)
+        stop = self.stop_rule.stop
+        writers = Writers(self.writer(), self.tokenizer, self.engine, budget, stop, teacher, rule, columns)
         mixture = self.present_mixture
         with teacher.present() if teacher and mixture.blends else nullcontext():
             blend = None
@@ -261,6 +282,7 @@ class OPDModule(LightningModule):
             mixture = self.present_mixture
             plan = mixture.plan(batch, samples, self.progress, self.global_step)
             written = self.write(batch, plan, self.sampler, self.global_step, learning=True)
+            self.on_predict_end()
             written = mixture.revise(written, self.global_step)
             found = self.repetition(written)
             rollout, repetition = self.policies.replace(written, found, batch, self.stop_rule.stop)
@@ -322,7 +344,13 @@ class OPDModule(LightningModule):
                 f"Expected a checkpoint with a reference, because model.reference is {type(self.reference).__name__}, "
                 "but got one of a run whose reference did not move. Resume with the reference of that run."
             )
-        self.readers.reference.load_state_dict(checkpoint["reference"])
+        load_state(self.readers.reference, checkpoint["reference"])
+
+    def on_validation_start(self) -> None:
+        """Have the student's weights together, before one process has more to answer than another."""
+        self.writer()
+
+    on_test_start = on_predict_start = on_validation_start
 
     def validation_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Answer the prompts, greedily and at a temperature, and measure them; return the greedy ``answers``."""
@@ -336,6 +364,7 @@ class OPDModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the evaluation; the one before the first step is that of the initial student."""
+        self.on_predict_end()
         figures = {f"val/{name}": value for name, value in self.evaluation.compute().items()}
         if not self.trainer.sanity_checking:
             self.log_dict(figures)
@@ -350,6 +379,7 @@ class OPDModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the evaluation."""
+        self.on_predict_end()
         self.log_dict({f"test/{name}": value for name, value in self.evaluation.compute().items()})
 
     def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
@@ -360,6 +390,11 @@ class OPDModule(LightningModule):
     def _parts(self) -> dict[str, nn.Module]:
         """Return all that may remember something, but for the student."""
         return {name: part for name, part in self.named_children() if part is not self.student}
+
+    def on_predict_end(self) -> None:
+        """Give up the student's weights."""
+        if self.copy is not None:
+            self.copy.release()
 
     def _constraints(self) -> dict[str, Constraint]:
         return {name: cast(Constraint, each) for name, each in self.constraints.items()}

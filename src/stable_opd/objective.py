@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from stable_opd.models import output_head
 from stable_opd.reduce import Aggregation, numerators
 from stable_opd.scoring import HiddenStates, Opinion, body, micro_batches
+from stable_opd.sharding import inside
 from stable_opd.streaming import Part, StreamedLoss, streamed_loss
 from stable_opd.terminal import StopEvent
 from stable_opd.terms import LossTerm
@@ -104,10 +105,12 @@ class Piece:
     Attributes:
         rollout: All rows, those of the groups one after the other.
         groups: The student's rows, the others, and those that somebody else began, as far as there are any.
+        readings: How often teacher and reference have to read it, because they do on another process.
     """
 
     rollout: Rollout
     groups: list[Group]
+    readings: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,35 @@ def pieces(
         yield Piece(groups[0].rollout if len(groups) == 1 else rollout.select(torch.cat(ordered)), groups)
 
 
+def in_step(
+    pieces: Sequence[Piece],
+    idle: Piece,
+    readings: Callable[[Piece], tuple[int, int]],
+    largest: Callable[[Sequence[int]], list[int]],
+) -> list[Piece]:
+    """Let all processes have equally many micro-batches, and read each of them equally often.
+
+    Gathering a block needs all processes, but rows have different lengths and authors on each of them.
+
+    Args:
+        pieces: The micro-batches of this process.
+        idle: One that no term speaks about, to fill up with.
+        readings: How often the teacher and the reference would read a micro-batch.
+        largest: Returns the largest numbers over all processes.
+    """
+    (count,) = largest([len(pieces)])
+    filled = [*pieces, *[idle] * (count - len(pieces))]
+    often = iter(largest([each for piece in filled for each in readings(piece)]))
+    return [replace(piece, readings=(next(often), next(often))) for piece in filled]
+
+
+def idle_piece(rollout: Rollout, repetition: Repetition, cutting: Cutting, row: int) -> Piece:
+    """Return a micro-batch of one row that no term speaks about."""
+    only = torch.tensor([row], device=rollout.lengths.device)
+    (piece,) = pieces(rollout, repetition, Objective({}, {}), cutting, only)
+    return replace(piece, groups=[replace(group, on_policy=False) for group in piece.groups])
+
+
 def part_of(group: Group, reading: Reading, shares: Mapping[str, Tensor], diagnose: bool = True) -> Part:
     """Return what is asked of a group's positions.
 
@@ -225,5 +257,9 @@ def evaluate(
         event: The terminal ids that the student's log-probs have as one.
     """
     parts = [part_of(group, reading, shares, diagnose) for group, reading in zip(piece.groups, readings, strict=True)]
-    states = HiddenStates(body(student, piece.rollout), output_head(student, vocabulary), event)
-    return streamed_loss(states, parts)
+
+    def read() -> StreamedLoss:
+        states = HiddenStates(body(student, piece.rollout), output_head(student, vocabulary), event)
+        return streamed_loss(states, parts)
+
+    return inside(student, read)

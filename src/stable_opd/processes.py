@@ -1,6 +1,7 @@
 """What the processes of a run have to agree on."""
 
 import subprocess
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,6 +32,12 @@ class Processes:
         """Add up over all processes."""
         total: Tensor = self.trainer.strategy.reduce(local, reduce_op="sum")
         return total
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest of each number over all processes."""
+        own = torch.tensor(list(numbers), device=self.trainer.strategy.root_device)
+        found: list[int] = self.trainer.strategy.reduce(own, reduce_op="max").tolist()
+        return found
 
     def some(self, local: bool) -> bool:
         """Return whether it is so on some process."""

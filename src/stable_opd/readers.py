@@ -1,6 +1,6 @@
 """The models that read the rows and do not learn from them: the teacher, and the initial student."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 from stable_opd.models import frozen_copy, output_head
 from stable_opd.objective import Group, Piece, Reading
 from stable_opd.offload import visiting
-from stable_opd.scoring import HiddenStates, body
+from stable_opd.scoring import HiddenStates, Opinion, body
+from stable_opd.sharding import inside, is_sharded
 from stable_opd.students import adapters_off
 from stable_opd.teachers.base import Teacher
 from stable_opd.terminal import SEPARATE, StopRule
+from stable_opd.types import Rollout
 
 
 class Readers:
@@ -54,6 +56,19 @@ class Readers:
         if self.reference is not None:
             nn.Module.to(self.reference, "cpu" if self.offload_reference else device, dtype)
 
+    def shard(self, spread: Callable[[PreTrainedModel], None], teacher: bool) -> None:
+        """Spread the models over processes.
+
+        Args:
+            spread: Does it to a model, in place.
+            teacher: Whether to do it to the teacher too. One that writes has to be whole, as a process cannot wait for
+                the others in the middle of an answer.
+        """
+        if self.reference is not None:
+            spread(self.reference)
+        if teacher:
+            self.teacher.shard(spread)
+
     def read(self, work: Sequence[Piece], vocabulary: int, rule: StopRule = SEPARATE) -> Iterator[list[Reading]]:
         """Read micro-batches.
 
@@ -67,21 +82,55 @@ class Readers:
         """
         if not (self.teacher.offload or self.offload_reference):
             for piece in work:
-                yield [self._read(group, vocabulary, rule) for group in piece.groups]
+                yield self._read(piece, vocabulary, rule)
             return
         initial = self.reference if self.offload_reference else None
         with self.teacher.present(), nullcontext() if initial is None else visiting(initial, self._device):
-            everything = [[self._read(group, vocabulary, rule) for group in piece.groups] for piece in work]
+            everything = [self._read(piece, vocabulary, rule) for piece in work]
         yield from everything
 
-    def _read(self, group: Group, vocabulary: int, rule: StopRule) -> Reading:
-        """Let those models read some rows that a term needs."""
-        needs_teacher = any(term.needs_teacher for term in group.terms.values())
-        theirs = replace(self.teacher.score(group.rollout), event=rule.teacher) if needs_teacher else None
+    def readings(self, piece: Piece) -> tuple[int, int]:
+        """Return how often teacher and reference would read a micro-batch, as far as processes have to agree."""
+        asked = [[needs(group) for group in piece.groups] for needs in (_needs_teacher, _needs_reference)]
+        waiting = self.teacher.sharded, self.reference is not None and is_sharded(self.reference)
+        teacher, reference = (sum(each) if waits else 0 for each, waits in zip(asked, waiting, strict=True))
+        return teacher, reference
+
+    def _read(self, piece: Piece, vocabulary: int, rule: StopRule) -> list[Reading]:
+        """Let those models read the groups that a term needs; where others wait for that, also a row for nothing."""
+        own = self.readings(piece)
+        idle = [max(0, asked - mine) for asked, mine in zip(piece.readings, own, strict=True)]
+        short = piece.rollout.select(piece.rollout.lengths.argmin()[None]) if any(idle) else piece.rollout
+        theirs = [self._teacher(group.rollout, rule) if _needs_teacher(group) else None for group in piece.groups]
+        for _ in range(idle[0]):
+            self._teacher(short, rule)
+        initial = [
+            self._initial(group.rollout, vocabulary, rule) if _needs_reference(group) else None
+            for group in piece.groups
+        ]
+        for _ in range(idle[1]):
+            self._initial(short, vocabulary, rule)
+        return [Reading(*each) for each in zip(theirs, initial, strict=True)]
+
+    def _teacher(self, rollout: Rollout, rule: StopRule) -> Opinion:
+        return replace(self.teacher.score(rollout), event=rule.teacher)
+
+    def _initial(self, rollout: Rollout, vocabulary: int, rule: StopRule) -> HiddenStates | None:
+        """Let the reference read, if there is one."""
         reference = self.adapted if self.reference is None else self.reference
-        if reference is None or not any(term.needs_reference for term in group.terms.values()):
-            return Reading(theirs)
+        if reference is None:
+            return None
+
+        def read() -> HiddenStates:
+            return HiddenStates(body(reference, rollout), output_head(reference, vocabulary).detached(), rule.student)
+
         with torch.no_grad(), nullcontext() if self.adapted is None else adapters_off(self.adapted):
-            head = output_head(reference, vocabulary).detached()
-            initial = HiddenStates(body(reference, group.rollout), head, rule.student)
-        return Reading(theirs, initial)
+            return inside(reference, read)
+
+
+def _needs_teacher(group: Group) -> bool:
+    return any(term.needs_teacher for term in group.terms.values())
+
+
+def _needs_reference(group: Group) -> bool:
+    return any(term.needs_reference for term in group.terms.values())

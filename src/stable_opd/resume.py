@@ -1,7 +1,6 @@
 """Where a run goes on: its checkpoints, whether they are whole, and whether they are of this configuration."""
 
 import contextlib
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from stable_opd import shards
+from stable_opd.models import is_finite
 
 Config = Mapping[str, Any]
 
@@ -26,9 +28,6 @@ _HARMLESS = re.compile(
     r"|data\.init_args\.(validation|task|eval_batch_size|num_workers)"
     rf"|trainer\.(?!({'|'.join(_TRAINER)})\b)\w+"
 )
-
-#: What reading a file raises that is no checkpoint, or no longer.
-_FLAWS = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
 
 _NAME = re.compile(r"last-step=(\d+)\.ckpt")
 
@@ -64,29 +63,51 @@ def checkpoints(folder: Path) -> list[Path]:
 def check_whole(path: Path) -> None:
     """Make sure that a checkpoint is as it was written, and that it holds plain values.
 
-    Every part of the file has a checksum, which `torch.load` does not look at.
+    Every part of a file has a checksum, which `torch.load` does not look at; so have the files of one in shards.
 
     Raises:
         ValueError: If it is not.
     """
-    file = path / "meta.pt" if path.is_dir() else path  # a sharded strategy writes a folder
+    if not path.exists():
+        raise ValueError(
+            f"Expected a checkpoint on this machine, but there is no {path}. Copy it here, or take --ckpt_path last."
+        )
     try:
-        with zipfile.ZipFile(file) as archive:
-            broken = archive.testzip()
-        if broken is None:
-            peek(path)
+        with zipfile.ZipFile(_plain(path)) as archive:
+            packed = next((each.filename for each in archive.infolist() if each.compress_type), None)
+            broken = packed or archive.testzip()  # no checkpoint is compressed; unpacked, it could be of any size
+        flaw = (
+            _flaw(path, peek(path))
+            if broken is None
+            else f"the part {broken.partition('/')[2]} is not what was written"
+        )
+        if flaw is None:
             return
-        flaw = f"the part {broken.partition('/')[2]} is not what was written"
-    except _FLAWS as error:
-        flaw = str(error).partition("\n")[0]
+    except Exception as error:  # a file can be wrong in any way
+        flaw = str(error).partition("\n")[0][:200] or type(error).__name__
     raise ValueError(f"Expected a whole checkpoint of plain values, but got {path}: {flaw}. Go on from an earlier one.")
+
+
+def _flaw(path: Path, saved: Any) -> str | None:
+    """Return what is wrong with a checkpoint that holds some values, or None."""
+    state = saved.get("state_dict") if isinstance(saved, dict) else None
+    if not isinstance(state, dict):
+        return "it is no checkpoint of Lightning"
+    for name, value in state.items():
+        if name.startswith("student.") and isinstance(value, torch.Tensor) and not is_finite(value):
+            return f"{name} is not finite"
+    return next(shards.flaws(path, saved), None) if path.is_dir() else None
 
 
 def peek(path: Path) -> dict[str, Any]:
     """Return what a checkpoint holds, without reading its tensors and without unpickling objects."""
-    file = path / "meta.pt" if path.is_dir() else path
-    found: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    found: dict[str, Any] = torch.load(_plain(path), map_location="cpu", mmap=True, weights_only=True)
     return found
+
+
+def _plain(path: Path) -> Path:
+    """Return the file of a checkpoint that holds plain values; one in shards is a folder."""
+    return path / shards.PLAIN if path.is_dir() else path
 
 
 def newest(folder: Path) -> Path | None:
@@ -192,15 +213,15 @@ def _folders(config: Config) -> Iterator[Path]:
 
 def _record(folder: Path) -> Config | None:
     """Return the configuration of a run: that of a checkpoint, or of its folder if it left none."""
-    from stable_opd.bench.yamls import SpecError, load
+    from stable_opd.bench.yamls import SpecError, load_file
 
     for each in checkpoints(folder / "checkpoints"):
-        with contextlib.suppress(*_FLAWS):
+        with contextlib.suppress(Exception):  # a file can be wrong in any way; whoever wants to go on there is told
             saved: Config | None = (peek(each).get("callbacks", {}).get("RunCheckpoint") or {}).get("config")
-            if saved is not None:
+            if isinstance(saved, dict):
                 return saved
     path = folder / "config.yaml"
     with contextlib.suppress(SpecError):  # killed while it was written
-        found = load(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
+        found = load_file(path, "a config") if path.is_file() else None
         return found if isinstance(found, dict) else None
     return None

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from stable_opd.models import output_head
 from stable_opd.objective import Reading
 from stable_opd.processes import Processes
 from stable_opd.scoring import HiddenStates, Opinion, body
+from stable_opd.sharding import inside, reshard, whole
 from stable_opd.streaming import opinion, tiles
 from stable_opd.types import Rollout
 
@@ -138,7 +140,7 @@ def study(case: Case, processes: Processes) -> Study:
     for name in case.work.shares:
         case.learner.differentiate(case.work, readings, name, case.backward, processes)
         gradients = [each.grad for each in case.learner.model.parameters() if each.grad is not None]
-        norms[name] = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        norms[name] = float(whole(nn.utils.get_total_norm(gradients))) if gradients else 0.0
         case.learner.model.zero_grad()
     return Study(logprobs, {name: tuple(pair) for name, pair in zip(MODELS, totals, strict=True)}, norms)
 
@@ -150,10 +152,11 @@ def _log_probs(case: Case, readings: list[list[Reading]]) -> tuple[dict[str, Ten
     nothing = torch.full((len(case.rollout.row),), torch.nan, dtype=torch.float32, device=device)
     found = {name: nothing.clone() for name in MODELS}
     counts = torch.zeros(len(MODELS), 2, dtype=torch.float32, device=device)
-    head, learning = output_head(model, learner.vocabulary).detached(), model.training
+    learning = model.training
     model.eval()
+    head = inside(model, lambda: output_head(model, learner.vocabulary).detached())
     for piece, answers in zip(case.work.pieces, readings, strict=True):
-        states, start = body(model, piece.rollout), 0
+        states, start = inside(model, partial(body, model, piece.rollout)), 0
         for group, reading in zip(piece.groups, answers, strict=True):
             own = HiddenStates(states[start : start + len(group.places)], head, learner.rule.student)
             start += len(group.places)
@@ -164,6 +167,7 @@ def _log_probs(case: Case, readings: list[list[Reading]]) -> tuple[dict[str, Ten
                     found[MODELS[number]][group.places] = given
                     counts[number] += torch.stack([wrong.sum(), wrong.new_tensor(len(wrong), dtype=torch.long)])
     model.train(learning)
+    reshard(model)
     asked = dict(zip(MODELS, counts[:, 1].bool().tolist(), strict=True))
     return {name: each for name, each in found.items() if asked[name]}, counts
 

@@ -1,16 +1,24 @@
 """Where examples come from, and reading them as tables."""
 
+import collections
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stable_opd.jsonl import read_objects
 from stable_opd.tasks import Task
 from stable_opd.testbed import resolve
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+#: Columns of a table; files whose keys are data have more.
+MOST_COLUMNS = 1000
+
+_KINDS: dict[Any, str] = {str: "text", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+
+#: Characters of a library's message that are passed on; it may quote the data.
+LONGEST_REASON = 500
 
 
 @dataclass(frozen=True)
@@ -87,27 +95,80 @@ def read_source(source: Source) -> "Dataset":
         ValueError: If there is nothing at a local path, if it is empty, or if it cannot be read.
     """
     place = Path(resolve(source.path))
+    columns = _columns(place)
     try:
-        return _load_table(place, source)
+        table = _load_table(place, source) if columns is None else _tabulated(columns)
     except Exception as error:  # whatever a file or a hub may do, the user must learn which source it was
         # The libraries say of a table without rows that its schema or its first file cannot be found.
         if _is_empty(place) or isinstance(error, IndexError) or "corresponds to no data" in str(error):
             raise ValueError(f"Expected at least one example in {source.path}, but it is empty.") from error
         raise ValueError(
-            f"Could not read examples from {source.path!r} (split {source.split!r}): {type(error).__name__}: {error}. "
+            f"Could not read examples from {source.path!r} (split {source.split!r}): {_reason(error)}. "
             "Expected a .jsonl, .json or .parquet file, a folder of them or written by save_to_disk, or a hub name."
         ) from error
+    if not len(table):
+        raise ValueError(f"Expected at least one example in {source.path}, but it is empty.")
+    return table
 
 
 def _load_table(place: Path, source: Source) -> Any:
     import datasets  # takes a second to import, which only those who load data should pay
 
-    if place.suffix in FORMATS:
-        return datasets.load_dataset(FORMATS[place.suffix], data_files=str(place), split="train")
+    if place.suffix == ".parquet":
+        return datasets.load_dataset("parquet", data_files=str(place), split="train")
     if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         stored = datasets.load_from_disk(str(place))
         return stored[source.split] if isinstance(stored, datasets.DatasetDict) else stored
     return datasets.load_dataset(str(place), source.subset, split=source.split)
+
+
+def _columns(place: Path) -> dict[str, list[Any]] | None:
+    """Return the columns of a file of JSON; None of anything else. Such files in a folder are looked at, no more.
+
+    They are read here because the reader of pyarrow brings the process down on some, and takes text like 2026-01-01 for
+    a date.
+    """
+    if place.is_dir():
+        for each in sorted(place.rglob("*.jsonl")):
+            collections.deque(read_objects(each), maxlen=0)
+        return None
+    if place.suffix not in (".jsonl", ".json") or not place.is_file():
+        return None
+    rows = list(read_objects(place))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if len(names) > MOST_COLUMNS:
+        raise ValueError(
+            f"Expected at most {MOST_COLUMNS} columns in {place}, but got {len(names)}. Give all rows the same keys."
+        )
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    for name, values in columns.items():
+        _check_kind(place, name, values)
+    return columns
+
+
+def _check_kind(place: Path, name: str, values: list[Any]) -> None:
+    """Refuse a column that holds text in one row and a number in another."""
+    kinds = [float if type(value) is int else type(value) for value in values]
+    first = next((kind for kind in kinds if kind is not type(None)), None)
+    for number, kind in enumerate(kinds, 1):
+        if kind not in (first, type(None)):
+            raise ValueError(
+                f"Expected one type of value in the column {name[:60]!r} of {place}, but got {_KINDS[kind]} in row "
+                f"{number} and {_KINDS[first]} before. Mend one of them."
+            )
+
+
+def _tabulated(columns: dict[str, list[Any]]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_dict(columns)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong in the first place: the last word of a library is that something did."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"[:LONGEST_REASON]
 
 
 def _is_empty(place: Path) -> bool:

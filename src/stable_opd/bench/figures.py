@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from stable_opd.bench.spec import Metric
+from stable_opd.bench.yamls import SpecError
 
 
 def values(rows: Sequence[Mapping[str, str]], column: str) -> list[tuple[int, float]]:
@@ -12,7 +13,13 @@ def values(rows: Sequence[Mapping[str, str]], column: str) -> list[tuple[int, fl
     for row in rows:
         cell = row.get(column)
         if cell:
-            found.append((int(row["step"]), float(cell)))
+            try:
+                found.append((int(row["step"]), float(cell)))
+            except ValueError as error:
+                raise SpecError(
+                    f"Expected numbers in the column {column!r} of metrics.csv, but got {cell[:40]!r} in step "
+                    f"{row['step']}. Name another column, or delete the run's folder."
+                ) from error
     return found
 
 

@@ -23,6 +23,7 @@ Row = dict[str, str]
 
 LOG, METRICS, LOCK = "log.txt", "metrics.csv", "lock"
 _RECORD = "run.json"
+_STEP = re.compile(r"[0-9]{1,18}")
 #: Metrics of the attempts before the last one, up to the step in the name.
 _BEFORE = "metrics-before-{}.csv"
 
@@ -54,6 +55,20 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
 
 
+#: What the values of a record are.
+_KINDS: dict[str, Any] = {
+    "fingerprint": str,
+    "command": str,
+    "config": dict,
+    "status": str,
+    "reason": str | None,
+    "began": int | float,
+    "seconds": int | float,
+    "resumed_at": int | None,
+    "environment": dict,
+}
+
+
 @dataclass(frozen=True)
 class Start:
     """How a run begins.
@@ -72,9 +87,29 @@ class Start:
 
 
 def read_record(folder: Path) -> Record | None:
-    """Return what is on record, if anything is."""
+    """Return what is on record, if anything is.
+
+    Raises:
+        SpecError: If it cannot be read.
+    """
     path = folder / _RECORD
-    return Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _unreadable(path, str(error)) from error
+    for name, kind in _KINDS.items():
+        if not isinstance(getattr(record, name), kind):
+            raise _unreadable(path, f"{name} {str(getattr(record, name))[:60]!r}")
+    return record
+
+
+def _unreadable(path: Path, why: str) -> SpecError:
+    return SpecError(
+        f"Expected what a benchmark wrote in {path}, but got {why[:200]}. Delete {path.parent}, and the run is made "
+        "anew."
+    )
 
 
 def write_record(folder: Path, record: Record) -> None:
@@ -224,11 +259,14 @@ def _forget(folder: Path, kept: int | None) -> None:
 def _read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
     lines = text[: text.rfind("\n") + 1].splitlines()
-    rows = [dict(row) for row in csv.DictReader(lines)]
+    try:
+        rows = [dict(row) for row in csv.DictReader(lines)]
+    except csv.Error as error:
+        raise _unreadable(path, str(error)) from error
     # A row with fewer cells than the head was cut.
-    return [row for row in rows if None not in row.values() and (row.get("step") or "").isdigit()]
+    return [row for row in rows if None not in row.values() and _STEP.fullmatch(row.get("step") or "")]
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from stable_opd import secrets
 from stable_opd.bench.yamls import SpecError, load
 
 Config = dict[str, Any]
@@ -132,6 +133,10 @@ def resolve(arguments: Sequence[str]) -> Config:
     if status:
         raise SpecError(complaints.getvalue().strip().removeprefix("stable-opd: error:").strip())
     config: Config = load(printed.getvalue(), "the resolved recipe")
+    try:
+        secrets.check(config)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
     return config
 
 

@@ -110,7 +110,7 @@ def _result(spec: Spec, run: Run) -> Result:
         record.reason,
         run.command,
         round(record.seconds, 1),
-        **record.environment,
+        **{name: record.environment.get(name) for name in ("versions", "commit", "host")},
     )
 
 

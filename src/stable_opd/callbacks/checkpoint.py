@@ -222,6 +222,8 @@ class RunCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         self._metrics = _read_metrics(trainer)
+        if trainer.is_global_zero:
+            _remove(part)  # half of one, by a process that was killed
         try:
             trainer.save_checkpoint(part, weights_only=False)
             if trainer.is_global_zero:

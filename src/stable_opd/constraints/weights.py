@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from stable_opd.constraints.base import WeightedConstraint
 from stable_opd.controllers import Controller
 from stable_opd.schedules import Schedule
+from stable_opd.sharding import whole
 from stable_opd.types import Evidence, TokenLoss
 
 
@@ -26,7 +27,7 @@ def pull_to(student: nn.Module, reference: nn.Module, weight: float) -> Tensor:
         if not ours.requires_grad:
             continue
         difference = ours - theirs.to(ours)
-        total = total.to(ours.device) + difference.float().square().sum() / 2
+        total = total.to(ours.device) + whole(difference.float().square().sum()) / 2
         if weight == 0:
             continue
         if ours.grad is None:

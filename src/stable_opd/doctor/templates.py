@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from stable_opd.data import PromptDataModule
@@ -90,8 +89,8 @@ def template(
 def _text(data: PromptDataModule, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return data.text(prompt, tokenizer)
-    except TemplateError as error:
-        return f"nothing, because {error}"
+    except ValueError as error:
+        return f"nothing, because {error.__cause__ or error}"  # what the template itself says
 
 
 def _short(text: str) -> str:

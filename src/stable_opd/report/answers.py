@@ -10,6 +10,9 @@ from stable_opd.report.text import escaped, number, one_line
 MOST_EVALUATIONS, MOST_ANSWERS = 6, 8
 
 
+#: Grades from here on are no grades.
+MOST = 1e9
+
 #: Runs whose last answers are not folded away.
 FEW = 3
 
@@ -55,7 +58,7 @@ def _evaluation(samples: Sequence[Mapping[str, Any]], step: int, shown: bool) ->
 def _answer(sample: Mapping[str, Any]) -> str:
     tags = [text for key, text in (("truncated", "truncated"), ("repetitive", "repetitive")) if sample.get(key)]
     grade = sample.get("grade")
-    if isinstance(grade, int | float):
+    if isinstance(grade, int | float) and abs(grade) < MOST:
         tags.insert(0, {1.0: "right", 0.0: "wrong"}.get(float(grade), f"grade {number(float(grade))}"))
     shown = "".join(f'<span class="tag {tag.split()[0]}">{tag}</span>' for tag in tags)
     return (
@@ -67,7 +70,9 @@ def _answer(sample: Mapping[str, Any]) -> str:
 
 def marked(sample: Mapping[str, Any]) -> str:
     """Return an answer as HTML, with what follows its first repeated token marked."""
-    text, start = str(sample.get("completion", "")), sample.get("repeated_from")
+    text, start = sample.get("completion", ""), sample.get("repeated_from")
+    if not isinstance(text, str):
+        return escaped(text)
     if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < len(text):
         return escaped(text)
     return f'{escaped(text[:start])}<span class="turn">⟲ repeats</span><mark>{escaped(text[start:])}</mark>'

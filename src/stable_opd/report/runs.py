@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
 
+from stable_opd.bench.yamls import SpecError, load
 from stable_opd.callbacks.samples import SAMPLES
 from stable_opd.guard.callback import EVENTS
 from stable_opd.jsonl import read_records
@@ -117,7 +117,12 @@ def read_metrics(path: Path) -> dict[str, Array]:
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]  # behind the last line break stands what was being written
-    head, *rows = list(csv.reader(whole.replace("\0", "").splitlines())) or [[]]
+    try:
+        head, *rows = list(csv.reader(whole.replace("\0", "").splitlines())) or [[]]
+    except csv.Error as error:
+        raise ValueError(
+            f"Expected {path} to be a table of metrics, but got {error}. Take it out of the folder."
+        ) from error
     rows = [row for row in rows if len(row) == len(head)]
     if "step" not in head or not rows:
         raise ValueError(
@@ -171,8 +176,8 @@ def _read_config(path: Path) -> tuple[str, Mapping[str, Any]]:
         return "", {}
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError:
+        config = load(text, str(path))
+    except SpecError:
         return text, {}
     return text, config if isinstance(config, dict) else {}
 

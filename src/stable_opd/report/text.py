@@ -2,6 +2,7 @@
 
 import html
 import re
+import reprlib
 import unicodedata
 from typing import Any
 
@@ -34,13 +35,14 @@ def one_line(text: str, longest: int = 120) -> str:
 
 def escaped(value: Any) -> str:
     """Return a value as HTML text that may also stand in an attribute with quotes."""
-    return html.escape(visible(str(value)), quote=True)
+    text = reprlib.repr(value) if isinstance(value, list | dict) else str(value)  # which may be deeply nested
+    return html.escape(visible(text), quote=True)
 
 
 def number(value: float, digits: int = 3) -> str:
     """Return a number for people; "-" where there is none."""
     if value != value:  # nan
         return "-"
-    if value == int(value) and abs(value) < 10**6:
+    if abs(value) < 10**6 and value == int(value):
         return str(int(value))
     return f"{value:.{digits}g}"

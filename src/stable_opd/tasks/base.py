@@ -33,4 +33,10 @@ def right_answer(fields: Mapping[str, Any]) -> str:
             f"Grading needs the right answer, but the examples have only the columns {sorted(fields)}. Name the column "
             "that holds it with data.columns.answer, or leave data.task out to measure everything but accuracy."
         )
-    return str(fields["answer"])
+    answer = fields["answer"]
+    if answer is None or answer != answer:  # nan is how tables say that there is none
+        raise ValueError(
+            "Expected every example to have a right answer to grade by, but got none in some. Drop those rows, or "
+            "leave data.task out to measure everything but accuracy."
+        )
+    return str(answer)

@@ -72,6 +72,16 @@ class Teacher(Component):
     #: Whether `present` costs time, so that all rows are to be scored in one go.
     offload: bool = False
 
+    #: Whether its weights are spread over processes, so that all of them have to ask it equally often.
+    sharded: bool = False
+
+    def shard(self, spread: Callable[[PreTrainedModel], None]) -> None:
+        """Spread its weights over processes, after `setup`; does nothing here.
+
+        Args:
+            spread: Does it to a model, in place.
+        """
+
     def present(self) -> AbstractContextManager[None]:
         """Have what scoring needs in place for the time of a context; nothing has to be moved here."""
         return nullcontext()

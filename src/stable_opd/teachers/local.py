@@ -1,5 +1,6 @@
 """A teacher in this process."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,6 +19,7 @@ from stable_opd.models import (
 )
 from stable_opd.offload import module_bytes, visiting
 from stable_opd.scoring import HiddenStates, body
+from stable_opd.sharding import inside
 from stable_opd.teachers.base import Teacher
 from stable_opd.types import Rollout
 
@@ -90,7 +92,27 @@ class LocalTeacher(Teacher):
         """Have the model on the device."""
         return visiting(self.model, self._device) if self.offload else nullcontext()
 
+    def shard(self, spread: Callable[[PreTrainedModel], None]) -> None:
+        """Spread its weights over processes.
+
+        Raises:
+            ValueError: If they are in 4 or 8 bits, or rest in the host's memory.
+        """
+        if self.quantization is not None or self.offload:
+            raise ValueError(
+                "Expected a LocalTeacher without quantization and offload, because trainer.strategy is sharded, but "
+                f"got quantization {self.quantization} and offload {self.offload}. Leave them out: each process keeps "
+                "but a part of the teacher. Or use trainer.strategy: ddp."
+            )
+        if not self.sharded:
+            spread(self.model)
+            self.sharded = True
+
     @torch.no_grad()
     def score(self, rollout: Rollout) -> HiddenStates:
         """Read some rows and return the hidden states from which their completion tokens are predicted."""
-        return HiddenStates(body(self.model, rollout), output_head(self.model, self._vocabulary).detached())
+
+        def read() -> HiddenStates:
+            return HiddenStates(body(self.model, rollout), output_head(self.model, self._vocabulary).detached())
+
+        return inside(self.model, read)

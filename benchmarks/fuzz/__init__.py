@@ -1,0 +1,1 @@
+"""Hostile input, guided by the code that it reaches."""
