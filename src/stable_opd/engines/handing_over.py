@@ -93,15 +93,16 @@ def _merged(model: PreTrainedModel) -> dict[str, Tensor]:
 @torch.no_grad()
 def rehearsed(model: PreTrainedModel) -> Iterator[None]:
     """Have other weights in a model for the time of a context: all those that learn are changed, by a third or so."""
-    kept = [each.detach().to("cpu", copy=True) for each in trained(model)]
+    learning = trained(model) or list(model.parameters())  # a copy for writing has none that learn
+    kept = [each.detach().to("cpu", copy=True) for each in learning]
     generator = torch.Generator()
     try:
-        for number, each in enumerate(trained(model)):
+        for number, each in enumerate(learning):
             noise = torch.randn(each.shape, generator=generator.manual_seed(number)).to(each)
             each.add_(noise * (0.3 * each.square().mean().sqrt().clamp(min=0.05)))
         yield
     finally:
-        for each, before in zip(trained(model), kept, strict=True):
+        for each, before in zip(learning, kept, strict=True):
             each.copy_(before)
 
 
