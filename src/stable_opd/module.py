@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,11 +20,11 @@ from stable_opd.divergences import Divergence
 from stable_opd.doctor import Patient, examine, refuse
 from stable_opd.engines import InProcessEngine, RolloutEngine
 from stable_opd.engines.base import Blend
-from stable_opd.evaluation import Evaluation, grades, records
+from stable_opd.evaluating import EvaluatingModule
+from stable_opd.evaluation import Evaluation
 from stable_opd.learning import Learner, Moment
 from stable_opd.memory import MemoryPlan, optimizer_bytes, plan_memory
 from stable_opd.mixtures import Mixture, StudentOnly
-from stable_opd.mixtures.student import student_rows
 from stable_opd.models import load_tokenizer, stop_ids, trained
 from stable_opd.objective import Objective
 from stable_opd.options import RolloutOptions, UpdateOptions
@@ -53,7 +52,7 @@ from stable_opd.types import Author, Plan, Prompts, Rollout
 from stable_opd.weightings import Weighting
 
 
-class OPDModule(LightningModule):
+class OPDModule(EvaluatingModule):
     """On-policy distillation of a language model, composed from components.
 
     Args:
@@ -115,7 +114,6 @@ class OPDModule(LightningModule):
         self.stop_rule = SEPARATE  # until the models are there
         # What serves and does not learn stays out of the module's parameters and checkpoints.
         self.readers = Readers(teacher or NOBODY, "reference" in update.offload)
-        self.copy: InferenceCopy | None = None  # where the student is sharded
         self.engine = engine or InProcessEngine()
         self.report = StepReport(rollout.max_new_tokens)
         self.evaluation = Evaluation(rollout.max_new_tokens, rollout.eval_temperature)
@@ -239,10 +237,6 @@ class OPDModule(LightningModule):
             return optimizer
         return [optimizer], [{"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}]
 
-    def writer(self) -> PreTrainedModel:
-        """Return the student as engines need it, whole on each process; if it is sharded, all have to call this."""
-        return self.model if self.copy is None else self.copy.fill(self.model)
-
     def write(
         self, prompts: Prompts, plan: Plan, sampler: Sampler, *key_parts: int | str, learning: bool = False
     ) -> Rollout:
@@ -282,7 +276,7 @@ class OPDModule(LightningModule):
             mixture = self.present_mixture
             plan = mixture.plan(batch, samples, self.progress, self.global_step)
             written = self.write(batch, plan, self.sampler, self.global_step, learning=True)
-            self.on_predict_end()
+            self.release()
             written = mixture.revise(written, self.global_step)
             found = self.repetition(written)
             rollout, repetition = self.policies.replace(written, found, batch, self.stop_rule.stop)
@@ -346,55 +340,9 @@ class OPDModule(LightningModule):
             )
         load_state(self.readers.reference, checkpoint["reference"])
 
-    def on_validation_start(self) -> None:
-        """Have the student's weights together, before one process has more to answer than another."""
-        self.writer()
-
-    on_test_start = on_predict_start = on_validation_start
-
-    def validation_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Answer the prompts, greedily and at a temperature, and measure them; return the greedy ``answers``."""
-        answers: list[dict[str, Any]] = []
-        for each in self.evaluation.sets(batch):
-            plan = student_rows(batch, each.samples)
-            rollout = self.write(batch, plan, each.sampler, "evaluation", *filter(None, [each.name]))
-            found, graded = self.evaluation.measure(each, batch, rollout, self.repetition)
-            answers = answers or records(batch, rollout, found, graded, self.tokenizer)
-        return {"answers": answers}
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the evaluation; the one before the first step is that of the initial student."""
-        self.on_predict_end()
-        figures = {f"val/{name}": value for name, value in self.evaluation.compute().items()}
-        if not self.trainer.sanity_checking:
-            self.log_dict(figures)
-        elif self.trainer.num_sanity_val_steps == float("inf"):
-            # Lightning logs nothing here, but over the whole validation set it is the yardstick of the run.
-            for logger in self.loggers:
-                logger.log_metrics({name: float(value) for name, value in figures.items()}, step=self.global_step)
-
-    def test_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """As in validation."""
-        return self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the evaluation."""
-        self.on_predict_end()
-        self.log_dict({f"test/{name}": value for name, value in self.evaluation.compute().items()})
-
-    def predict_step(self, batch: Prompts, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Answer the prompts greedily; one record for each, in their order."""
-        rollout = self.write(batch, student_rows(batch, 1), Temperature(0.0), "prediction")
-        return records(batch, rollout, self.repetition(rollout), grades(batch, rollout), self.tokenizer)
-
     def _parts(self) -> dict[str, nn.Module]:
         """Return all that may remember something, but for the student."""
         return {name: part for name, part in self.named_children() if part is not self.student}
-
-    def on_predict_end(self) -> None:
-        """Give up the student's weights."""
-        if self.copy is not None:
-            self.copy.release()
 
     def _constraints(self) -> dict[str, Constraint]:
         return {name: cast(Constraint, each) for name, each in self.constraints.items()}
