@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+        if item.get_closest_marker("vllm") and "STABLE_OPD_VLLM" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="no vLLM"))
 
 
 def pytest_unconfigure():

@@ -1,6 +1,7 @@
 """Every recipe that is shipped runs: what is not executed here rots."""
 
 import json
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from helpers import problems, write_jsonl
 from sharded import run
 from stable_opd.cli import main
 from stable_opd.resume import step_of
+from standing_in import standing_in
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
@@ -58,6 +60,13 @@ def smaller(config):
     return SMALL | {"--model.rollout.samples_per_prompt": str(min(1, rollout.get("samples_per_prompt", 1)))}
 
 
+@contextmanager
+def servers():
+    """The flags that name servers of the testbed's models."""
+    with standing_in("testbed:student", "student") as student, standing_in("testbed:teacher", "teacher") as teacher:
+        yield {"--model.engine.server.url": student.url, "--model.teacher.server.url": teacher.url}
+
+
 def routed(path):
     """Flags that give the two teachers a stand-in each, and examples that name them."""
     records = [each | {"subject": subject} for each, subject in zip(problems(8), ["math", "code"] * 4, strict=True)]
@@ -75,7 +84,8 @@ def test_recipe_runs_for_two_steps(config, tmp_path, monkeypatch):
     if config.stem == "routed":
         del models["--model.teacher.init_args.path"]
         models |= routed(tmp_path)
-    main(["fit", "-c", str(config), *flags(smaller(config) | models)])
+    with servers() if "VLLMEngine" in config.read_text() else nullcontext({}) as urls:
+        main(["fit", "-c", str(config), *flags(smaller(config) | models | urls)])
     assert "train/loss" in trained(tmp_path)
 
 

@@ -84,7 +84,7 @@ def facts(role):
 
 def measure(report, role, total):
     rollout, marks, tally = facts(role)
-    report.measure(rollout, marks, tally, tally.reduced(total), {"rollout": 2.0}, total)
+    report.measure(rollout, marks, tally, tally.reduced(total), {"rollout": 2.0}, total, {})
     return report.numbers()
 
 
@@ -151,7 +151,7 @@ def test_rows_without_a_teacher_are_measured_all_the_same():
     report = StepReport(BUDGET)
     rollout, marks = marked_rollout()
     tally = Tally({"a": torch.ones(1)}, CPU, expected=False)
-    report.measure(rollout, marks, tally, {}, {"rollout": 1.0}, total_of_one_process)
+    report.measure(rollout, marks, tally, {}, {"rollout": 1.0}, total_of_one_process, {})
     figures = report.numbers()
     assert figures["train/length_mean"] == 6
     assert torch.tensor(figures["train/log_ratio_p99"]).isnan()

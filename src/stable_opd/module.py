@@ -294,7 +294,7 @@ class OPDModule(EvaluatingModule):
             taken = self.skips.take(case, processes)
             self.learner.update(self.optimizers(), self.lr_schedulers(), moment, taken)
         scalars |= comparison | {"skipped": self.skips.total}
-        self.report.measure(written, found, tally, scalars, watch.seconds, processes.total)
+        self.report.measure(written, found, tally, scalars, watch.seconds, processes.total, self.engine.figures)
         self.report.show(self.trainer)
         if taken:
             self.learner.adapt(scalars, self.report.numbers)

@@ -34,6 +34,7 @@ class StepReport(nn.Module):
         scalars: Mapping[str, Any],
         seconds: Mapping[str, float],
         total: Callable[[Tensor], Tensor],
+        engine: Mapping[str, float],
     ) -> None:
         """Take in a step.
 
@@ -44,6 +45,7 @@ class StepReport(nn.Module):
             scalars: Figures to log under ``train/``.
             seconds: What the phases took.
             total: Adds up a count over all processes.
+            engine: Figures to log under ``engine/``, of this process.
         """
         own = rollout.written_by(Author.STUDENT)
         logged: dict[str, Any] = {f"train/{name}": value for name, value in scalars.items()}
@@ -66,6 +68,7 @@ class StepReport(nn.Module):
         compared = tally.compared(total, self.max_length)
         logged |= {f"train/{name}": value for name, value in compared.items()}
         logged |= {f"time/{name}": value for name, value in seconds.items()}
+        logged |= {f"engine/{name}": value for name, value in engine.items()}
         self.figures = {name: torch.as_tensor(value) for name, value in logged.items()}
 
     def show(self, trainer: Trainer) -> None:

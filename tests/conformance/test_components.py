@@ -28,6 +28,8 @@ REQUIRED = {
     "PrivilegedTeacher": {"teacher": "SelfTeacher", "template": "{golden}"},
     "RoutedTeacher": {"teachers": {"some": "SelfTeacher"}, "column": "subject"},
     "SpecialTokens": {"tokens": [7, 9]},
+    "VLLMEngine": {"server": {"model": "student"}},
+    "VLLMTeacher": {"server": {"model": "teacher"}},
 }
 COMPONENTS = [
     (kind, name)

@@ -1,7 +1,7 @@
 """The contract of a rollout engine: who runs generation."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -95,6 +95,11 @@ class RolloutEngine(Component):
     """Who runs generation; it serves and does not learn, so it is no module and is in no checkpoint."""
 
     kind: ClassVar[str] = "engine"
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """What to log of the last rollout, under ``engine/``; nothing here."""
+        return {}
 
     @abstractmethod
     def generate(

@@ -94,7 +94,7 @@ class Decoder:
         attention, mlp = layer.self_attn, layer.mlp
         pairs = _pairs(self.width, self.embedding.device)
         (q, q_bias), (k, k_bias), (v, v_bias), (out, out_bias), (gate, gate_bias), (up, up_bias), (down, down_bias) = (
-            _weight_and_bias(linear, self.precision)
+            weight_and_bias(linear, self.precision)
             for linear in (
                 *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
                 *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
@@ -244,7 +244,7 @@ def _reorder(weight: Tensor, order: Tensor) -> Tensor:
     return reordered
 
 
-def _weight_and_bias(linear: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def weight_and_bias(linear: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Return what a linear layer computes with, adapters and quantisation included.
 
     Whatever stands in the place of a plain layer, it is known by what it makes of the unit vectors, in the precision in

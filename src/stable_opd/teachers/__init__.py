@@ -6,5 +6,14 @@ from stable_opd.teachers.local import LocalTeacher
 from stable_opd.teachers.myself import SelfTeacher
 from stable_opd.teachers.privileged import PrivilegedTeacher
 from stable_opd.teachers.routed import RoutedTeacher
+from stable_opd.teachers.vllm import VLLMTeacher
 
-__all__ = ["CachedTeacher", "LocalTeacher", "PrivilegedTeacher", "RoutedTeacher", "SelfTeacher", "Teacher"]
+__all__ = [
+    "CachedTeacher",
+    "LocalTeacher",
+    "PrivilegedTeacher",
+    "RoutedTeacher",
+    "SelfTeacher",
+    "Teacher",
+    "VLLMTeacher",
+]
