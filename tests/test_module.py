@@ -129,7 +129,7 @@ def test_without_a_row_for_the_teacher_none_is_loaded(build, data):
     steps = fit(build(samples=0, mixture=GoldenMixture(), teacher="no-such-teacher"), data(), steps=1).steps
     assert math.isnan(steps[0].get("train/advantage_mean", math.nan))
     for mixture in (GoldenMixture(loss=ForwardKL()), TeacherMixture(), TeacherMixing()):
-        with pytest.raises(ValueError, match="a tokenizer.*no-such-teacher"):
+        with pytest.raises(ValueError, match=r"a tokenizer.*no-such-teacher"):
             fit(build(samples=0, mixture=mixture, teacher="no-such-teacher"), data(), steps=1)
 
 
