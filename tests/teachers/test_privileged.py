@@ -134,7 +134,8 @@ def test_examples_that_cannot_be_read_are_refused_before_the_first_step(
     student_path, teacher_path, tmp_path, changes, template, expected
 ):
     examples = [each | {"hint": "1"} for each in problems(8)]
-    path = write_jsonl(tmp_path / "train.jsonl", [*examples[:7], examples[7] | changes])
+    lists = {name: each for name, each in changes.items() if isinstance(each, list)}  # or none in the whole column
+    path = write_jsonl(tmp_path / "train.jsonl", [*(each | lists for each in examples[:7]), examples[7] | changes])
     mixture = StudentOnly() if changes.get("golden", "") is None else None
     module = module_of(student_path, PrivilegedTeacher(LocalTeacher(teacher_path), template), mixture)
     with nullcontext() if expected is None else pytest.raises(ValueError, match=expected):

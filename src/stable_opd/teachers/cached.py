@@ -32,7 +32,8 @@ class CachedTeacher(Teacher):
     Args:
         teacher: Who is asked.
         folder: Where the scores are kept; runs and processes may share it.
-        k: How many of the likeliest tokens are kept; with 0, components that read written tokens alone are served.
+        k: How many of the likeliest tokens are kept; with 0, components that read written tokens alone are served. Where
+            several tokens end an answer, their probabilities are looked for here.
     """
 
     k: int
