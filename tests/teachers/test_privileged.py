@@ -142,6 +142,13 @@ def test_examples_that_cannot_be_read_are_refused_before_the_first_step(
         fit(module, path, 0)
 
 
+def test_prompt_of_no_tokens_is_refused(teacher_path):
+    """Nothing would predict the first token of the answer."""
+    teacher = ready(PrivilegedTeacher(LocalTeacher(teacher_path), "{golden}"))
+    with pytest.raises(ValueError, match=r"privileged prompt of some tokens, but got none from \{'golden': ''\}"):
+        teacher.check([{"golden": "1"}, {"golden": ""}], 4)
+
+
 def test_row_that_is_too_long_is_refused_and_not_cut(teacher_path):
     teacher = ready(PrivilegedTeacher(LocalTeacher(teacher_path), "{golden}"))
     long = {"golden": "1 " * 95}

@@ -133,7 +133,14 @@ class PrivilegedTeacher(Teacher):
                 )
         if self._tokens is None:
             raise RuntimeError("The teacher was asked before it was told by `meet` how prompts become tokens.")
-        return self._tokens(_Columns().vformat(self.template, (), fields))
+        tokens = self._tokens(_Columns().vformat(self.template, (), fields))
+        if not tokens:
+            named = {name: fields[name] for name in self._named}
+            raise ValueError(
+                f"Expected a privileged prompt of some tokens, but got none from {named}. Write more than columns into "
+                "model.teacher.template, or drop the examples without a value."
+            )
+        return tokens
 
     def _check_room(self, prompt: int, answer: int) -> None:
         length = self.context_length
