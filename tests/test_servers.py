@@ -204,6 +204,13 @@ def test_key_that_cannot_be_sent_is_refused_and_not_repeated(key, stand_in, monk
     assert stand_in.asked == {}
 
 
+def test_key_that_a_server_repeats_is_not_shown(stand_in, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "hush-hush")
+    stand_in.fault = wrong(b"There is no key hush-hush here.")
+    with pytest.raises(ServerError, match=r"no JSON: 'There is no key \.\.\. here\.'"):
+        server(stand_in, retries=0).ask(PATH)
+
+
 def test_key_of_a_file_that_ends_with_a_line_break(stand_in, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "hush-hush\n")
     server(stand_in).ask(PATH)

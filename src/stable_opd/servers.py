@@ -119,8 +119,8 @@ class Server:
         key = os.environ.get(self.api_key_variable, "").strip()  # a file that it is read from ends with a line break
         if not (key.isascii() and key.isprintable()):
             raise ServerError(
-                f"Expected a key of printable ASCII characters in the environment variable {self.api_key_variable}, but "
-                "got others, too. Put the key alone there."
+                "Expected a key of printable ASCII characters in the environment variable "
+                f"{self.api_key_variable}, but got others, too. Put the key alone there."
             )
         return key
 
@@ -210,7 +210,8 @@ def _certificates() -> ssl.SSLContext:
 
 
 def _shown(response: httpx2.Response) -> str:
-    return _cut(repr(response.text))
+    key = response.request.headers.get("Authorization", "").removeprefix("Bearer ")
+    return _cut(repr(response.text.replace(key, "...") if key else response.text))  # some say which key they refuse
 
 
 def _cut(text: str, length: int = 300) -> str:

@@ -110,7 +110,7 @@ class Skips(nn.Module):
             run = processes.trainer.log_dir  # processes agree on it, so all of them ask
             folder = None if run is None else Path(run) / FOLDER
             kept = f"The first such batch is in {folder}."
-            if self.in_a_row == 0 or folder is None:
+            if self.in_a_row == 0:
                 kept = _save(case, found, folder, processes.trainer.global_rank)
             what = f"{_named(broken, found)}. {kept}"
             if stops:

@@ -209,7 +209,7 @@ def test_weights_that_are_refused_leave_no_folder_behind(stand_in, model, tmp_pa
 def test_busy_server_that_keeps_what_it_computed_with_other_weights_is_refused(stand_in, model):
     stand_in.fault = lambda path, question, answer: {"success": False} if path == "/reset_prefix_cache" else answer
     impatient = VLLMEngine(Server("student", stand_in.url, timeout=2, retries=0))
-    with pytest.raises(ServerError, match="within 2 seconds.*busy with requests of others"):
+    with pytest.raises(ServerError, match=r"within 2 seconds.*busy with requests of others"):
         generate(impatient, model)
 
 
