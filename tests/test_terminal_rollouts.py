@@ -34,7 +34,7 @@ NAMES = [type(policy).__name__ for policy in BOTH]
 class ReadyTeacher:
     """A teacher in this process that has nothing to load."""
 
-    offload = False
+    offload = sharded = False
     language_model = tiny_model(2)
 
     def present(self):
