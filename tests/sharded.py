@@ -29,7 +29,8 @@ class Probe(Callback):
 
     def on_fit_start(self, trainer, pl_module) -> None:
         readers = pl_module.readers
-        models = {"student": pl_module.model, "teacher": readers.teacher.model, "reference": readers.reference}
+        teacher = getattr(readers.teacher, "teacher", readers.teacher)
+        models = {"student": pl_module.model, "teacher": teacher.model, "reference": readers.reference}
         self.found = {"pieces": [], "padded": []} | {name: kept(model) for name, model in models.items()}
         learner, path = pl_module.learner, Path(f"{self.file}-{trainer.global_rank}.json")
         arrange = learner.arrange

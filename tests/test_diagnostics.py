@@ -79,8 +79,9 @@ def test_stop_is_looked_at_at_every_position(tile, monkeypatch):
 
 def test_stop_tokens_beyond_the_shared_vocabulary_have_no_mass():
     scores = Scores(logprobs=torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log())
-    torch.testing.assert_close(scores.mass((1, 7)), torch.tensor([0.75, 0.5]))
-    assert scores.mass((7,)).tolist() == scores.mass(()).tolist() == [0, 0]
+    written = torch.tensor([0, 1])
+    torch.testing.assert_close(scores.mass((1, 7), written), torch.tensor([0.75, 0.5]))
+    assert scores.mass((7,), written).tolist() == scores.mass((), written).tolist() == [0, 0]
 
 
 def test_of_a_teacher_that_tells_its_likeliest_tokens_only_what_is_known_is_compared():
@@ -91,7 +92,8 @@ def test_of_a_teacher_that_tells_its_likeliest_tokens_only_what_is_known_is_comp
     for name in ("student", "teacher", "entropy_student", "overlap", "overlap_advantage", "stop_student"):
         torch.testing.assert_close(found[name], whole[name])
     best = theirs.probs.topk(k, -1).indices
-    known = torch.stack([theirs.probs[:, token] * (best == token).any(-1) for token in STOP]).sum(0)
+    known = torch.cat([best, evidence.tokens[:, None]], -1)
+    known = torch.stack([theirs.probs[:, token] * (known == token).any(-1) for token in STOP]).sum(0)
     torch.testing.assert_close(found["stop_teacher"], known)
     assert found["kl"].isnan().all()
     assert found["entropy_teacher"].isnan().all()

@@ -269,6 +269,16 @@ def test_a_guard_that_acts_is_part_of_the_configuration():
     assert changes(config(mode="act"), {"trainer": {}})
 
 
+def test_where_a_server_is_may_change_and_what_it_serves_may_not():
+    def config(**server):
+        return {"model": {"teacher": {"init_args": {"server": {"model": "teacher", **server}}}}}
+
+    here, there = config(url="http://one:8000", retries=4), config(url="http://two:8000", retries=9)
+    assert changes(here, there) == []
+    (phrase,) = changes(here, config(url="http://one:8000", retries=4, model="other"))
+    assert phrase == 'model.teacher.init_args.server.model: "teacher" became "other"'
+
+
 def test_room_is_asked_for_what_is_saved_and_no_more():
     class Module(LightningModule):
         def __init__(self, adapted):

@@ -195,6 +195,28 @@ def test_key_is_sent_and_is_in_no_message_and_no_log(stand_in, monkeypatch, capl
     assert stand_in.keys[-1] is None
 
 
+@pytest.mark.parametrize("key", ["hu\nsh-hush", "hush-hüsh", "hush\x7fhush"])
+def test_key_that_cannot_be_sent_is_refused_and_not_repeated(key, stand_in, monkeypatch):
+    monkeypatch.setenv("SECRET", key)
+    with pytest.raises(ServerError, match="printable ASCII characters in the environment variable SECRET") as refused:
+        server(stand_in, api_key_variable="SECRET").ask(PATH)
+    assert "hush" not in str(refused.value)
+    assert stand_in.asked == {}
+
+
+def test_key_that_a_server_repeats_is_not_shown(stand_in, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "hush-hush")
+    stand_in.fault = wrong(b"There is no key hush-hush here.")
+    with pytest.raises(ServerError, match=r"no JSON: 'There is no key \.\.\. here\.'"):
+        server(stand_in, retries=0).ask(PATH)
+
+
+def test_key_of_a_file_that_ends_with_a_line_break(stand_in, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "hush-hush\n")
+    server(stand_in).ask(PATH)
+    assert stand_in.keys == ["Bearer hush-hush"]
+
+
 def test_proxies_of_the_environment_are_not_asked(stand_in, monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -206,6 +228,7 @@ def test_proxies_of_the_environment_are_not_asked(stand_in, monkeypatch):
     [
         ({"url": "127.0.0.1:8000"}, "address such as"),
         ({"url": "ftp://127.0.0.1"}, "address such as"),
+        ({"url": "http://127.0.0.1:99999"}, "a port from 0 to 65535"),
         ({"timeout": 0.0}, "timeout above 0"),
         ({"retries": -1}, "retries of at least 0"),
         ({"parallel": 0}, "parallel of at least 1"),
@@ -217,9 +240,10 @@ def test_what_makes_no_sense_is_refused(options, match):
         Server("student", **options)
 
 
-def test_url_with_a_password_is_refused_and_not_repeated():
+@pytest.mark.parametrize("url", ["http://me:hush@127.0.0.1:8000", "http://127.0.0.1:8000?key=hush"])
+def test_url_with_a_secret_is_refused_and_not_repeated(url):
     with pytest.raises(ValueError, match="environment variable VLLM_API_KEY") as refused:
-        Server("student", "http://me:hush@127.0.0.1:8000")
+        Server("student", url)
     assert "hush" not in str(refused.value)
 
 

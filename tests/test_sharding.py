@@ -112,7 +112,7 @@ def assert_same_run(name, other, but=()):
     controllers = [key for key in expected["state_dict"] if "controller" in key]
     assert controllers
     for key in controllers:
-        torch.testing.assert_close(found["state_dict"][key], expected["state_dict"][key])
+        torch.testing.assert_close(found["state_dict"][key], expected["state_dict"][key], rtol=1e-6, atol=1e-6)
     for row, wanted in zip(figures(name), figures(other), strict=True):
         for key in wanted.keys() | row.keys():
             if key not in but:
@@ -207,6 +207,27 @@ def test_a_sharded_checkpoint_is_evaluated_and_exported(two, tmp_path):
     assert evaluated == pytest.approx({key: expected[key] for key in evaluated})
 
 
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_sharded_checkpoint_is_refused_by_another_strategy(command, two):
+    copied(f"plain-{command}", "two", 2)
+    with pytest.raises(ValueError, match=r"Expected trainer.strategy: sharded, because .*last-step=2.ckpt is in shard"):
+        main(two(f"plain-{command}", 1, *ACCEPT, command=command))
+
+
+def test_a_privileged_teacher_is_sharded(recipe, teacher_path):
+    """It is asked as often as its teacher, so the processes agree on that."""
+    teacher = privileged({"class_path": "LocalTeacher", "init_args": {"path": teacher_path}})
+    Path("privileged.yaml").write_text(yaml.safe_dump({"model": {"teacher": teacher}}))
+    options = ["-c", "privileged.yaml"]
+    main(recipe("privileged-one", 1, *options))
+    probe = json.dumps([{"class_path": "sharded.Probe", "init_args": {"file": "privileged"}}])
+    assert run(recipe("privileged-two", 2, *options, *SHARDED, "--trainer.callbacks", probe), 2) == [0, 0]
+    assert_same_run("privileged-two", "privileged-one")
+    probes = [json.loads(Path(f"privileged-{rank}.json").read_text()) for rank in range(2)]
+    assert probes[0]["pieces"] != probes[1]["pieces"]
+    assert max(probe["teacher"] for probe in probes) < 0.55 * sum(probe["teacher"] for probe in probes)
+
+
 ROUNDING = ["anchor/mixture", "divergence/anchor"]
 EVERYTHING = {
     "constraints": {"anchor": ANCHOR, "near": {"class_path": "InitialWeights", "init_args": {"weight": 0.05}}},
@@ -289,6 +310,10 @@ class Unpickled:
         return setattr, (Unpickled, "called", True)
 
 
+def privileged(teacher):
+    return {"class_path": "PrivilegedTeacher", "init_args": {"teacher": teacher, "template": "{golden} {prompt}"}}
+
+
 REFUSED = {
     "FSDP1": (["--trainer.strategy", "fsdp"], r"got fsdp \(FSDP1\).*trainer.strategy: sharded"),
     "Lightning's own": (
@@ -300,6 +325,10 @@ REFUSED = {
     "optimizer of 8 bits": (
         ["--model.optimizer", '{"class_path": "bitsandbytes.optim.AdamW8bit", "init_args": {"lr": 0.1}}'],
         "Expected an optimizer of torch.*got AdamW8bit of bitsandbytes.*torch.optim.AdamW",
+    ),
+    "student as its own teacher": (
+        ["--trainer.max_steps", "0", "--model.teacher", json.dumps(privileged({"class_path": "SelfTeacher"}))],
+        r"Expected a teacher with weights of its own.*got PrivilegedTeacher with the student.*trainer.strategy: ddp",
     ),
     "precision": (["--trainer.precision", "64-true"], "Expected a trainer.precision of 32-true, bf16-mixed, bf16-true"),
     "quantised teacher": (

@@ -108,6 +108,45 @@ def test_position_without_a_share_gets_no_gradient():
     assert (leaves[0].grad.abs().sum(1) == 0).tolist() == [4 <= place < 9 for place in range(N)]
 
 
+@pytest.mark.parametrize("name", ["ReverseKL", "SampledReverseKL"])
+def test_models_that_say_nothing_finite_do_not_matter_where_nothing_is_learnt(name, tile):
+    """As a token that a policy masks: its weight is 0, and so is what comes of it."""
+    (evidence, shares), teacher = draw_evidence(), draw_states(1)
+    shares[4:9] = 0
+    terms = {"term": build("divergence", name)}
+    student, leaves = leaves_of(draw_states(0), train_head=True)
+    expected = stream(terms, evidence, shares, student, teacher)
+    expected.loss.backward()
+    teacher.states[4:9] = torch.nan
+    student, others = leaves_of(draw_states(0), train_head=True)
+    found = stream(terms, evidence, shares, student, teacher)
+    found.loss.backward()
+    assert found.loss == expected.loss
+    assert found.values == expected.values
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(leaves, others, strict=True))
+
+
+@pytest.mark.parametrize("wanted", ["sampled", "full"])
+def test_positions_without_a_share_do_not_matter_to_a_plug_in(wanted, tile):
+    class Infinite(Divergence):
+        """Is infinite at some positions, and so is its slope."""
+
+        support, positionwise = wanted, True
+
+        def forward(self, evidence):
+            loss = -evidence.student.sampled / (evidence.position % 3 != 0)
+            return TokenLoss(loss, loss.detach(), torch.ones_like(evidence.in_loop))
+
+    evidence, shares = draw_evidence()
+    shares[torch.arange(N) % 3 == 0] = 0
+    student, leaves = leaves_of(draw_states(0), train_head=True)
+    found = stream({"term": Infinite()}, evidence, shares, student, draw_states(1))
+    found.loss.backward()
+    assert found.loss.isfinite()
+    assert found.values["term"].isfinite()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
 def test_term_that_speaks_about_nothing_still_gives_a_loss_with_a_graph():
     """Every process must be able to go backward, also one whose rows are all somebody else's."""
     evidence, shares = draw_evidence(Author.GOLDEN)

@@ -26,7 +26,7 @@ from stable_opd.guard import CollapseGuard
 from stable_opd.hints import hints, options
 from stable_opd.module import OPDModule
 from stable_opd.report.text import visible
-from stable_opd.strategy import check_strategy
+from stable_opd.strategy import check_checkpoint, check_strategy
 
 #: Trainer values that suit on-policy distillation; a YAML may change them.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -128,7 +128,9 @@ class CLI(LightningCLI):
         for each in callbacks:
             if isinstance(each, RunCheckpoint):
                 each.config = self.record
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        check_checkpoint(self.checkpoint, trainer.strategy)
+        return trainer
 
 
 C = TypeVar("C", bound=CLI)

@@ -132,8 +132,8 @@ class Diagnostics:
         self.put("own", own)
         self.put("in_loop", evidence.in_loop)
         self.put("stopped", own & stopped)
-        self.put("stop_student", student.mass(stop))
-        self.put("stop_teacher", teacher.mass(stop))
+        self.put("stop_student", student.mass(stop, evidence.tokens))
+        self.put("stop_teacher", teacher.mass(stop, evidence.tokens))
         stride = max(1, count // max(POSITIONS, ENTRIES // student.logprobs.shape[-1]))
         first = (key("diagnostics", count, repr(evidence.progress)) - start) % stride
         if first >= len(own):

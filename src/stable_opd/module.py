@@ -44,7 +44,7 @@ from stable_opd.strategy import ShardedStrategy, check_optimizer, check_recipe, 
 from stable_opd.students import LoRA, check_adapter, describe_adapter, load_student, without_base
 from stable_opd.tally import Tally
 from stable_opd.teachers import Teacher
-from stable_opd.teachers.base import NOBODY, check_served
+from stable_opd.teachers.base import NOBODY, check_served, check_stop
 from stable_opd.teachers.introduction import Answers, introduce
 from stable_opd.terminal import SEPARATE, SemanticClass, StopRule, TerminalIds, TerminalPolicy, announce
 from stable_opd.terms import LossTerm, check_term_names
@@ -179,6 +179,7 @@ class OPDModule(EvaluatingModule):
             _ = self.readers.teacher.language_model  # refuses if it cannot write
         ids = TerminalIds.of(self.stop, self.readers.teacher.stop_ids, self.tokenizer)
         self.stop_rule = self.terminal.rule(ids)
+        check_stop(self.readers.teacher, self.stop_rule.teacher)
         announce(self.terminal, ids, self.tokenizer)
         self.learner = Learner(
             self.student,
@@ -198,7 +199,7 @@ class OPDModule(EvaluatingModule):
         strategy = self.trainer.strategy
         if not isinstance(strategy, ShardedStrategy):
             return
-        check_recipe(self.adapter, self.update_options)
+        check_recipe(self.adapter, self.update_options, self.readers.teacher)
         self.copy = self.copy or InferenceCopy(self.model, strategy.root_device, str(self.trainer.precision))
         strategy.spread(self.model)
         if self.trainer.state.fn == TrainerFn.FITTING:

@@ -21,10 +21,13 @@ _TRAINER = (
     *("overfit_batches", "deterministic"),
 )
 
-#: What may differ between two attempts at one run: where to go on, how long, what is evaluated, and where files go.
+#: What may differ between two attempts at one run: where to go on, how long, what is evaluated, and where files and
+#: servers are.
 _HARMLESS = re.compile(
     r"config|ckpt_path|weights_only|checkpoint|verbose|return_predictions|model\.rollout\.eval_temperature"
     r"|model\.update\.max_skipped"
+    r"|model\.(engine|teacher)\..*\bserver\.(init_args\.)?(url|timeout|retries|parallel|api_key_variable)"
+    r"|model\.engine\.init_args\.weights"
     r"|data\.init_args\.(validation|task|eval_batch_size|num_workers)"
     rf"|trainer\.(?!({'|'.join(_TRAINER)})\b)\w+"
 )

@@ -55,11 +55,15 @@ class Server:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"Expected an address such as http://127.0.0.1:8000 as url, but got {self.url!r}.")
-        if parts.username or parts.password:  # not repeated in the message
+        if parts.username or parts.password or parts.query:  # not repeated in the message
             raise ValueError(
-                "Expected a url without a name and a password, because configs are kept. Put the server's key into the "
-                f"environment variable {self.api_key_variable}."
+                "Expected a url without a name, a password and a query, because configs are kept. Put the server's key "
+                f"into the environment variable {self.api_key_variable}."
             )
+        try:
+            _ = parts.port
+        except ValueError as error:
+            raise ValueError(f"Expected a port from 0 to 65535 in url, but got {self.url!r}.") from error
         if self.timeout <= 0 or self.retries < 0 or self.parallel < 1:
             raise ValueError(
                 "Expected a timeout above 0, retries of at least 0 and parallel of at least 1, but got "
@@ -93,7 +97,7 @@ class Server:
             return thread.submit(asyncio.run, work).result()
 
     async def _ask_all(self, path: str, questions: Sequence[dict[str, Any] | None]) -> list[Any]:
-        key = os.environ.get(self.api_key_variable)
+        key = self._key()
         gate = asyncio.Semaphore(self.parallel)
         async with httpx2.AsyncClient(
             base_url=self.url,
@@ -109,6 +113,16 @@ class Server:
             except* ServerError as failed:
                 raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
+
+    def _key(self) -> str:
+        """Return the server's key, which is in no message; those of the client would show one that cannot be sent."""
+        key = os.environ.get(self.api_key_variable, "").strip()  # a file that it is read from ends with a line break
+        if not (key.isascii() and key.isprintable()):
+            raise ServerError(
+                "Expected a key of printable ASCII characters in the environment variable "
+                f"{self.api_key_variable}, but got others, too. Put the key alone there."
+            )
+        return key
 
     async def _ask(
         self, client: httpx2.AsyncClient, gate: asyncio.Semaphore, path: str, question: dict[str, Any] | None
@@ -196,7 +210,8 @@ def _certificates() -> ssl.SSLContext:
 
 
 def _shown(response: httpx2.Response) -> str:
-    return _cut(repr(response.text))
+    key = response.request.headers.get("Authorization", "").removeprefix("Bearer ")
+    return _cut(repr(response.text.replace(key, "...") if key else response.text))  # some say which key they refuse
 
 
 def _cut(text: str, length: int = 300) -> str:

@@ -18,6 +18,7 @@ from stable_opd import shards
 from stable_opd.options import UpdateOptions
 from stable_opd.sharding import is_sharded, load_state, shard, spread_like
 from stable_opd.students import LoRA
+from stable_opd.teachers.base import Teacher
 
 #: The name of the strategy in a configuration.
 NAME = "sharded"
@@ -148,12 +149,31 @@ def check_strategy(strategy: Strategy | str | None, precision: str | None = None
         )
 
 
-def check_recipe(adapter: LoRA | None, update: UpdateOptions) -> None:
+def check_checkpoint(path: Path | str | None, strategy: Strategy) -> None:
+    """Refuse a checkpoint in shards where it cannot be read.
+
+    Args:
+        path: Where a run goes on; None if it begins.
+        strategy: Of the trainer.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if path is not None and Path(path).is_dir() and not isinstance(strategy, ShardedStrategy):
+        raise ValueError(
+            f"Expected trainer.strategy: {NAME}, because the checkpoint {path} is in shards, but got "
+            f"{type(strategy).__name__}. Name that one, on any number of devices, or turn the checkpoint into a model "
+            "by `stable-opd export`."
+        )
+
+
+def check_recipe(adapter: LoRA | None, update: UpdateOptions, teacher: Teacher) -> None:
     """Refuse what does not go with sharded weights.
 
     Args:
         adapter: Of the student.
         update: How it learns.
+        teacher: Who scores its tokens.
 
     Raises:
         ValueError: If something does not.
@@ -163,6 +183,12 @@ def check_recipe(adapter: LoRA | None, update: UpdateOptions) -> None:
             f"Expected neither model.adapter nor model.update.offload, because trainer.strategy is {NAME}, but got "
             f"adapter {adapter} and offload {update.offload}. Leave them out: each process keeps but a part of "
             "everything. Or use trainer.strategy: ddp."
+        )
+    if teacher.reads_by_student:
+        raise ValueError(
+            f"Expected a teacher with weights of its own, because trainer.strategy is {NAME}, but got "
+            f"{type(teacher).__name__} with the student as a teacher. Use a LocalTeacher in the place of SelfTeacher, "
+            "or trainer.strategy: ddp."
         )
 
 

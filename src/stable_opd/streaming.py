@@ -13,7 +13,7 @@ Components that follow a row from token to token get the log-probs of the writte
 pass over the tiles collects them, and the one that is made anyway pushes the gradient back.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,9 +232,9 @@ class _Job:
         start = 0
         for part in self.parts:
             student = HiddenStates(states[start : start + len(part)], head, self.event)
-            slope = self._whole_rows(part, student)
+            slope, idle = self._whole_rows(part, student), _idle(part)
             for tile in tiles(len(part), student):
-                in_logits = self._tile(part, tile, student, None if slope is None else slope[tile])
+                in_logits = self._tile(part, tile, student, None if slope is None else slope[tile], idle)
                 backward.add(slice(start + tile.start, start + tile.stop), student.states[tile], in_logits)
             start += len(part)
         losses = [*self.losses.values(), torch.zeros((), dtype=torch.float32, device=states.device)]
@@ -256,7 +256,9 @@ class _Job:
         )
         return self._differentiate(terms, evidence, part.shares, slice(None), leaf)
 
-    def _tile(self, part: Part, tile: slice, student: HiddenStates, slope: Tensor | None) -> Tensor:
+    def _tile(
+        self, part: Part, tile: slice, student: HiddenStates, slope: Tensor | None, idle: Mapping[str, Tensor]
+    ) -> Tensor:
         """Call the terms that look at each position by itself; return the gradient in the logits, (n, V)."""
         terms = {name: term for name, term in part.terms.items() if not _follows_rows(term)}
         tokens, shares = part.evidence.tokens[tile], part.shares
@@ -279,18 +281,21 @@ class _Job:
             if loss is None:
                 rest[name] = term
             else:
-                gradient.add(in_logits.mul_(self._add(name, loss, shares[name][tile])[0][:, None]))
+                in_logits.mul_(self._add(name, loss, shares[name][tile])[0][:, None])
+                gradient.add(_stilled(in_logits, [name], idle, tile))
         sampled = {name: term for name, term in rest.items() if term.support == "sampled"}
         if sampled:
             leaf = ours.sampled.clone().requires_grad_()
             evidence = part.evidence.seen(tile, Scores(leaf), teacher, reference)
-            gradient.add_slope(self._differentiate(sampled, evidence, shares, tile, leaf))
+            in_sampled = self._differentiate(sampled, evidence, shares, tile, leaf)
+            gradient.add_slope(_stilled(in_sampled, sampled, idle, tile))
         full = {name: term for name, term in rest.items() if term.support != "sampled"}
         if full:
             leaf = ours.logprobs.detach().requires_grad_()
             with torch.enable_grad():  # a term may look at the written tokens alone
                 evidence = part.evidence.seen(tile, Scores(gather(leaf, tokens), leaf), teacher, reference)
-            gradient.add_in_logprobs(self._differentiate(full, evidence, shares, tile, leaf))
+            in_logprobs = self._differentiate(full, evidence, shares, tile, leaf)
+            gradient.add_in_logprobs(_stilled(in_logprobs, full, idle, tile))
         return gradient.result()
 
     def _differentiate(
@@ -311,10 +316,29 @@ class _Job:
     def _add(self, name: str, term: TokenLoss, shares: Tensor) -> tuple[Tensor, Tensor]:
         """Remember what is reported of a term; return the share of each position in it, and its weighted sum."""
         share = shares * term.where
-        loss = (share * term.loss.masked_fill(~term.where, 0)).sum()
+        without = share == 0  # what is said there need not be finite
+        loss = (share * term.loss.masked_fill(without, 0)).sum()
         self.losses[name] = self.losses[name] + loss.detach()
-        self.values[name] = self.values[name] + (share * term.value.detach().masked_fill(~term.where, 0)).sum()
+        self.values[name] = self.values[name] + (share * term.value.detach().masked_fill(without, 0)).sum()
         return share, loss
+
+
+def _idle(part: Part) -> dict[str, Tensor]:
+    """Return where terms have no share, (n,) each, of those of which that happens.
+
+    They are looked for once in a part, because a GPU is waited for, and their gradients cleared in a pass of its own.
+    """
+    without = {name: part.shares[name] == 0 for name in part.terms}
+    happens = torch.stack(list(without.values())).any(-1).tolist() if without else []
+    return {name: where for (name, where), some in zip(without.items(), happens, strict=True) if some}
+
+
+def _stilled(gradient: Tensor, terms: Collection[str], idle: Mapping[str, Tensor], tile: slice) -> Tensor:
+    """Clear the gradient of some terms, (n,) or (n, V), where none has a share; 0 times infinity is not 0."""
+    if not all(name in idle for name in terms):
+        return gradient
+    without = torch.stack([idle[name][tile] for name in terms]).all(0)
+    return gradient.masked_fill_(without.view(-1, *[1] * (gradient.dim() - 1)), 0)
 
 
 def _follows_rows(term: LossTerm) -> bool:

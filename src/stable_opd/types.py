@@ -275,15 +275,21 @@ class Scores:
             )
         return tokens[:, :k], logprobs[:, :k]
 
-    def mass(self, tokens: Sequence[int]) -> Tensor:
-        """Return the probability of some tokens together, (n,); of those that are not known, nothing is counted."""
+    def mass(self, tokens: Sequence[int], written: Tensor) -> Tensor:
+        """Return the probability of some tokens together, (n,); of those that are not known, nothing is counted.
+
+        Args:
+            tokens: Their ids.
+            written: The token that was written at each position, (n,), which is known in any case.
+        """
         if self._top is None:
             # Column by column: an index of several would have to be copied to the device, which would have to wait.
             known = [self.logprobs[:, token].exp() for token in tokens if token < self.logprobs.shape[-1]]
             return torch.stack(known).sum(0) if known else torch.zeros_like(self.logprobs[:, 0])
         ids, logprobs = self._top
-        wanted = torch.isin(ids, torch.tensor(list(tokens), device=ids.device))
-        return (logprobs.exp() * wanted).sum(-1)
+        some = torch.tensor(list(tokens), dtype=ids.dtype, device=ids.device)
+        apart = torch.isin(written, some) & ~(ids == written[:, None]).any(-1)
+        return (logprobs.exp() * torch.isin(ids, some)).sum(-1) + self.sampled.exp() * apart
 
     @cached_property
     def probs(self) -> Tensor:

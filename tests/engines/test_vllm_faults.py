@@ -208,8 +208,16 @@ def test_weights_that_are_refused_leave_no_folder_behind(stand_in, model, tmp_pa
 
 def test_busy_server_that_keeps_what_it_computed_with_other_weights_is_refused(stand_in, model):
     stand_in.fault = lambda path, question, answer: {"success": False} if path == "/reset_prefix_cache" else answer
-    with pytest.raises(ServerError, match="busy with requests of others"):
-        generate(engine(stand_in), model)
+    impatient = VLLMEngine(Server("student", stand_in.url, timeout=2, retries=0))
+    with pytest.raises(ServerError, match=r"within 2 seconds.*busy with requests of others"):
+        generate(impatient, model)
+
+
+def test_server_that_still_writes_for_somebody_who_gave_up_is_waited_for(stand_in, model):
+    """A run that was killed, or a process that finds the weights of the run there and does not wait for the first."""
+    stand_in.fault = first(3, lambda path, question, answer: {"success": False}, "/reset_prefix_cache")
+    generate(engine(stand_in), model)
+    assert stand_in.asked["/reset_prefix_cache"] == 5  # two pushes: the rehearsal, and the weights
 
 
 def test_server_that_fails_for_a_while_costs_a_few_tries_and_nothing_else(stand_in, model):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stable_opd import LocalTeacher, build
-from stable_opd.terminal import SemanticClass
+from stable_opd.terminal import SemanticClass, TwoStop
 from teachers.common import Telling, module_of, steps_of
 
 
@@ -60,6 +60,28 @@ def test_a_weighting_that_compares_whole_distributions_is_refused():
     )
     with pytest.raises(ValueError, match="because hard compares the student with it, but Telling tells"):
         module.load("fit")
+
+
+def test_the_mass_of_a_stop_that_was_written_is_known_though_no_likely_token_is():
+    divergence = build("divergence", "SampledReverseKL")
+    (here,) = steps_of(LocalTeacher("testbed:teacher"), divergence, 1)
+    (told,) = steps_of(Telling("testbed:teacher", "sampled", 0), divergence, 1)
+    assert told["train/stop_mass_teacher"] == pytest.approx(here["train/stop_mass_teacher"], rel=1e-5)
+    assert here["train/stop_mass_teacher"] > 0
+
+
+@pytest.mark.parametrize(("support", "told"), [("sampled", 0), ("sampled", 4), ("topk", 1)])
+def test_a_teacher_that_does_not_tell_enough_of_a_stop_event_is_refused(support, told):
+    """What it would not tell counted for nothing, so a right stop by the token that it likes less would be punished."""
+
+    def load(terminal, support=support, told=told):
+        teacher, divergence = Telling("testbed:control", support, told), build("divergence", "SampledReverseKL")
+        module_of(teacher, divergence, "testbed:student-other-stop", terminal=terminal).load("fit")
+
+    with pytest.raises(ValueError, match=r"because 2 tokens end an answer .*Telling tells [01],.*model\.teacher\.k"):
+        load(SemanticClass())
+    load(TwoStop())
+    load(SemanticClass(), "topk", 2)
 
 
 def test_a_stop_event_is_read_from_what_is_told():

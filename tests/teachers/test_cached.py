@@ -89,6 +89,26 @@ def test_only_rows_that_are_missing_are_read_and_all_stand_in_order(tmp_path, te
     assert torch.equal(found.tokens, expected.tokens)
 
 
+def test_what_is_no_number_is_not_kept(tmp_path, teacher_path):
+    """A fault that has passed would come back with every run."""
+
+    class Faulty(Counting):
+        """Fails at the second row, the first time."""
+
+        def score(self, rollout):
+            states = super().score(rollout)
+            if self.read <= len(rollout):
+                states.states[rollout.row == 1] = torch.nan
+            return states
+
+    teacher = ready(tmp_path, teacher_path, inner=Faulty)
+    nan = teacher.score(rows()).sampled.isnan()
+    assert torch.equal(nan, rows().row == 1)
+    assert teacher.score(rows()).sampled.isfinite().all()
+    assert teacher.teacher.read == 5
+    assert ready(tmp_path, teacher_path).score(rows()).sampled.isfinite().all()
+
+
 def test_equal_rows_are_one(tmp_path, teacher_path):
     teacher = ready(tmp_path, teacher_path)
     found = teacher.score(make_rollout([[1, 2, 3], [4], [1, 2, 3]]))

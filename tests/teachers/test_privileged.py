@@ -134,11 +134,19 @@ def test_examples_that_cannot_be_read_are_refused_before_the_first_step(
     student_path, teacher_path, tmp_path, changes, template, expected
 ):
     examples = [each | {"hint": "1"} for each in problems(8)]
-    path = write_jsonl(tmp_path / "train.jsonl", [*examples[:7], examples[7] | changes])
+    lists = {name: each for name, each in changes.items() if isinstance(each, list)}  # or none in the whole column
+    path = write_jsonl(tmp_path / "train.jsonl", [*(each | lists for each in examples[:7]), examples[7] | changes])
     mixture = StudentOnly() if changes.get("golden", "") is None else None
     module = module_of(student_path, PrivilegedTeacher(LocalTeacher(teacher_path), template), mixture)
     with nullcontext() if expected is None else pytest.raises(ValueError, match=expected):
         fit(module, path, 0)
+
+
+def test_prompt_of_no_tokens_is_refused(teacher_path):
+    """Nothing would predict the first token of the answer."""
+    teacher = ready(PrivilegedTeacher(LocalTeacher(teacher_path), "{golden}"))
+    with pytest.raises(ValueError, match=r"privileged prompt of some tokens, but got none from \{'golden': ''\}"):
+        teacher.check([{"golden": "1"}, {"golden": ""}], 4)
 
 
 def test_row_that_is_too_long_is_refused_and_not_cut(teacher_path):

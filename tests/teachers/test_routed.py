@@ -22,7 +22,7 @@ from stable_opd.objective import Cutting, Objective, evaluate, pieces
 from stable_opd.options import RolloutOptions
 from stable_opd.readers import Readers
 from stable_opd.sources import Source
-from stable_opd.teachers import RoutedTeacher
+from stable_opd.teachers import PrivilegedTeacher, RoutedTeacher, SelfTeacher
 from stable_opd.types import Repetition
 from teachers.common import Telling
 
@@ -202,3 +202,9 @@ def test_another_vocabulary_is_refused_by_the_teacher_who_has_it(routed, tmp_pat
     teacher.teachers["strange"] = LocalTeacher(path)
     with pytest.raises(ValueError, match="strange' must have the vocabulary"):
         teacher.setup("student", TOKENIZER, CPU)
+
+
+def test_says_that_the_student_reads_if_one_of_its_teachers_is_the_student(teacher_path):
+    other, told = LocalTeacher(teacher_path), PrivilegedTeacher(SelfTeacher(), "{hint}")
+    assert RoutedTeacher({"a": other, "b": told}, "task").reads_by_student
+    assert not RoutedTeacher({"a": other, "b": other}, "task").reads_by_student

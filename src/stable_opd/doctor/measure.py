@@ -148,10 +148,9 @@ def _endings(
     for part, ours, theirs in _read(module, golden):
         ends = part.lengths.cumsum(0) - 1
         with torch.autocast(ours.states.device.type, enabled=False):
-            p, q = (
-                opinion(name, model, ends, part.completion[ends])
-                for name, model in (("student", ours), ("teacher", theirs))
-            )
-            masses.append(torch.stack([p.mass(module.stop), q.mass(module.stop), q.mass(teacher_stop)]))
+            last = part.completion[ends]
+            p, q = (opinion(name, model, ends, last) for name, model in (("student", ours), ("teacher", theirs)))
+            asked = (p, module.stop), (q, module.stop), (q, teacher_stop)
+            masses.append(torch.stack([each.mass(tokens, last) for each, tokens in asked]))
     student, teacher, own = torch.cat(masses, -1).median(-1).values.tolist()
     return student, teacher, own

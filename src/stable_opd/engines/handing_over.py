@@ -23,14 +23,19 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(model: PreTrainedModel) -> str:
     """Return a name for the weights of a model: another one as soon as an update changed a bit of them.
 
-    It is made of one sum of each parameter, of its bits as integers, so it costs one look at the weights.
+    It is made of sums of each parameter's rows and columns, of its bits as integers, so it costs two looks at the
+    weights. Each sum counts by its place, or two changes in opposite directions could hide each other.
     """
-    sums = [
-        each.detach().contiguous().view(_BITS[each.element_size()]).sum(dtype=torch.int64) for each in _whole(model)
-    ]
+    sums = [_sum(each.detach()) for each in _whole(model)]
     devices = {each.device for each in sums}
     listed = [number for device in devices for number in torch.stack([s for s in sums if s.device == device]).tolist()]
     return hashlib.blake2b(repr(listed).encode(), digest_size=12).hexdigest()
+
+
+def _sum(parameter: Tensor) -> Tensor:
+    bits = torch.atleast_2d(parameter.contiguous().view(_BITS[parameter.element_size()])).flatten(1)
+    sums = torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
 
 
 def _whole(model: PreTrainedModel) -> Sequence[Tensor]:

@@ -168,13 +168,27 @@ class VLLMEngine(RolloutEngine):
             self.server.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         finally:
             rmtree(folder, ignore_errors=True)
-        answer = self.server.ask("/reset_prefix_cache", {})
-        if not isinstance(answer, dict) or answer.get("success") is not True:
-            raise ServerError(
-                f"Expected {self.server.whom('/reset_prefix_cache')} to forget what it computed with earlier weights, "
-                f"but got {answer!r}: it is busy with requests of others. Let it serve this run alone."
-            )
+        self._forget()
         self._name(version)
+
+    def _forget(self) -> None:
+        """Let the server forget what it computed with earlier weights, which it cannot while it writes.
+
+        What it still writes may be for a run that was killed, or for another process of this one: it has the weights
+        of a run that goes on already, so the others need not wait for the first. Their rows are asked for again.
+        """
+        until = time.monotonic() + self.server.timeout
+        while True:
+            answer = self.server.ask("/reset_prefix_cache", {})
+            if isinstance(answer, dict) and answer.get("success") is True:
+                return
+            if time.monotonic() > until:
+                raise ServerError(
+                    f"Expected {self.server.whom('/reset_prefix_cache')} to forget what it computed with earlier "
+                    f"weights within {self.server.timeout:g} seconds, but got {answer!r}: it is busy with requests of "
+                    "others. Let it serve this run alone."
+                )
+            time.sleep(0.1)
 
     def _name(self, version: str) -> None:
         self.server.ask("/update_weight_version", {"new_version": version})

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stable_opd.registry import Component
 from stable_opd.scoring import Opinion
+from stable_opd.terminal import StopEvent
 from stable_opd.terms import SUPPORTS, LossTerm, Support
 from stable_opd.types import Rollout
 
@@ -71,6 +72,9 @@ class Teacher(Component):
 
     #: Whether `present` costs time, so that all rows are to be scored in one go.
     offload: bool = False
+
+    #: Whether it is the student that reads, or one of its teachers is, so that the student has to be whole.
+    reads_by_student: bool = False
 
     #: Whether its weights are spread over processes, so that all of them have to ask it equally often.
     sharded: bool = False
@@ -187,6 +191,27 @@ def check_served(teacher: Teacher, terms: Mapping[str, LossTerm], comparing: Seq
         raise ValueError(
             f"Expected a teacher that tells {_READS['full']}, because {' and '.join(comparing)} compares the student "
             f"with it, but {name} tells {_READS[teacher.support]}. Leave the weighting out, or use a LocalTeacher."
+        )
+
+
+def check_stop(teacher: Teacher, event: StopEvent | None) -> None:
+    """Make sure that a teacher tells how likely the end of an answer is, where several tokens end it.
+
+    Args:
+        teacher: Who is asked.
+        event: The terminal ids that its log-probs have as one.
+
+    Raises:
+        ValueError: If it tells of fewer tokens than there are to add up.
+    """
+    told = 0 if teacher.support == "sampled" else teacher.k
+    count = 1 if event is None else 1 + len(event.others)
+    if count > 1 and told is not None and told < count:
+        raise ValueError(
+            f"Expected a teacher that tells its {count} likeliest tokens at least, because {count} tokens end an "
+            f"answer and are read as one (model.terminal), but {type(teacher).__name__} tells {told}, and the others "
+            "would count for nothing. Raise model.teacher.k, to 16 for instance, or read each by itself, with "
+            "model.terminal: TwoStop."
         )
 
 

@@ -32,7 +32,8 @@ class CachedTeacher(Teacher):
     Args:
         teacher: Who is asked.
         folder: Where the scores are kept; runs and processes may share it.
-        k: How many of the likeliest tokens are kept; with 0, components that read written tokens alone are served.
+        k: How many of the likeliest tokens are kept; with 0, components that read written tokens alone are served. The
+            probabilities of several tokens that end an answer are looked for here.
     """
 
     k: int
@@ -117,7 +118,8 @@ class CachedTeacher(Teacher):
         missing = [key for key, entry in kept.items() if entry is None]
         if missing:
             asked = dict(zip(missing, self._ask(rollout, [rows[key] for key in missing]), strict=True))
-            self._store.put(asked)
+            # What is no number is a fault, which may have passed by the next run.
+            self._store.put({key: entry for key, entry in asked.items() if not entry[0].isnan().any()})
             kept |= asked
         entries = [entry for key in keys if (entry := kept[key]) is not None]
         sampled, tokens, logprobs = (torch.cat(each).to(rollout.tokens.device) for each in zip(*entries, strict=True))

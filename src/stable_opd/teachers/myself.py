@@ -7,7 +7,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stable_opd.models import context_length, output_head, stop_ids
 from stable_opd.scoring import HiddenStates, body
-from stable_opd.sharding import is_sharded
 from stable_opd.teachers.base import Teacher
 from stable_opd.types import Rollout
 
@@ -20,6 +19,8 @@ class SelfTeacher(Teacher):
 
     Source: the self-teacher of SDPO (arXiv 2601.20802).
     """
+
+    reads_by_student = True
 
     def __init__(self) -> None:
         self._student: PreTrainedModel | None = None
@@ -54,16 +55,7 @@ class SelfTeacher(Teacher):
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> HiddenStates:
-        """Read some rows and return the hidden states from which their completion tokens are predicted.
-
-        Raises:
-            ValueError: If the student is sharded.
-        """
-        if is_sharded(self.student):
-            raise ValueError(
-                "Expected a teacher with weights of its own, because trainer.strategy is sharded, but got SelfTeacher. "
-                "Use a LocalTeacher, or trainer.strategy: ddp."
-            )
+        """Read some rows and return the hidden states from which their completion tokens are predicted."""
         learning = self.student.training
         self.student.eval()
         try:

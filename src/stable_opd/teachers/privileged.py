@@ -51,6 +51,7 @@ class PrivilegedTeacher(Teacher):
         self.teacher, self.template, self._named = teacher, template, named
         self.support, self.k, self.offload = teacher.support, teacher.k, teacher.offload
         self.columns = tuple(dict.fromkeys([*named, *teacher.columns]))
+        self.reads_by_student = teacher.reads_by_student
         self._tokens: Callable[[str], list[int]] | None = None
 
     def meet(self, student: PreTrainedModel, tokens: Callable[[str], list[int]]) -> None:
@@ -76,6 +77,11 @@ class PrivilegedTeacher(Teacher):
     def apart(self, rollout: Rollout, rows: Tensor) -> list[Tensor]:
         """Cut rows as the teacher wants them."""
         return self.teacher.apart(rollout, rows)
+
+    def shard(self, spread: Callable[[PreTrainedModel], None]) -> None:
+        """Spread the teacher's weights; it is asked whenever this one is."""
+        self.teacher.shard(spread)
+        self.sharded = self.teacher.sharded
 
     def present(self) -> AbstractContextManager[None]:
         """Have the teacher in place."""
@@ -127,7 +133,14 @@ class PrivilegedTeacher(Teacher):
                 )
         if self._tokens is None:
             raise RuntimeError("The teacher was asked before it was told by `meet` how prompts become tokens.")
-        return self._tokens(_Columns().vformat(self.template, (), fields))
+        tokens = self._tokens(_Columns().vformat(self.template, (), fields))
+        if not tokens:
+            named = {name: fields[name] for name in self._named}
+            raise ValueError(
+                f"Expected a privileged prompt of some tokens, but got none from {named}. Write more than columns into "
+                "model.teacher.template, or drop the examples without a value."
+            )
+        return tokens
 
     def _check_room(self, prompt: int, answer: int) -> None:
         length = self.context_length

@@ -36,6 +36,7 @@ class RoutedTeacher(Teacher):
         self.k = min((each.k for each in all_ if each.k is not None), default=None)
         self.columns = tuple(dict.fromkeys([column, *(name for each in all_ for name in each.columns)]))
         self.offload = any(each.offload for each in all_)
+        self.reads_by_student = any(each.reads_by_student for each in all_)
         self._visits = Visits()
 
     def meet(self, student: PreTrainedModel, tokens: Callable[[str], list[int]]) -> None:
