@@ -283,12 +283,13 @@ def test_a_file_of_something_else_is_no_checkpoint(state, tmp_path):
         check_whole(tmp_path / "a.ckpt")
 
 
-def test_of_a_sharded_checkpoint_the_description_is_looked_at(tmp_path):
+@pytest.mark.parametrize(
+    "write", [lambda file: torch.save({"global_step": 1}, file), lambda file: file.write_bytes(b"")]
+)
+def test_of_a_sharded_checkpoint_the_description_is_looked_at(write, tmp_path):
     folder = tmp_path / "last-step=1.ckpt"
     folder.mkdir()
-    torch.save({"global_step": 1}, folder / "meta.pt")
-    check_whole(folder)
-    (folder / "meta.pt").write_bytes(b"")
+    write(folder / "meta.pt")
     with pytest.raises(ValueError, match="Expected a whole checkpoint"):
         check_whole(folder)
 
