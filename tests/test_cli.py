@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -346,6 +347,31 @@ def test_misspelt_key_in_yaml_gets_the_near_name(changes, near, recipe, capsys):
     assert "Did you mean" in message
     assert near in message.partition("Did you mean")[2].partition("?")[0]
     assert "Traceback" not in message
+
+
+def printed(capsys, *args):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as done:
+        main(list(args))
+    assert done.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_one_file_may_hold_the_settings_of_several_commands(recipe, capsys):
+    settings = yaml.safe_load(Path(recipe()).read_text())
+    Path("both.yaml").write_text(yaml.safe_dump({"fit": settings, "validate": settings}))
+    assert printed(capsys, "--config", "both.yaml", "fit", "--print_config")["model"]["mixture"]
+
+
+def test_a_recipe_may_come_through_a_pipe(recipe, capsys):
+    text = Path(recipe()).read_bytes()
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as file:
+        file.write(text)  # less than a pipe holds
+    try:
+        assert printed(capsys, "fit", "-c", f"/dev/fd/{reading}", "--print_config")["model"]["mixture"]
+    finally:
+        os.close(reading)
 
 
 @pytest.mark.parametrize(

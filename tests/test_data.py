@@ -284,6 +284,14 @@ def test_missing_source_names_it(path, prepare, tmp_path, monkeypatch):
         prepare(PromptDataModule(Source(path), batch_size=1))
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.parquet"])
+def test_a_missing_file_is_looked_for_on_no_hub_and_named_with_its_whole_path(name, prepare, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(ValueError, match=f"there is no file {tmp_path / name}"):
+        prepare(PromptDataModule(Source(name), batch_size=1))
+
+
 def test_missing_split_is_named(prepare, tmp_path):
     datasets.DatasetDict({"test": datasets.Dataset.from_list(RECORDS)}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"(?s)saved' \(split 'train'\)"):

@@ -204,6 +204,7 @@ def test_secrets_in_a_configuration_are_refused_by_their_name(config, name):
     [
         {"eos_token": "<|endoftext|>"},
         {"token": "</s>"},
+        {"token": "<|im_end|>"},
         {"max_new_tokens": 12345678},
         {"uri": "http://host:80/a@b"},
         5,

@@ -53,6 +53,8 @@ class Parser(LightningArgumentParser):
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Read a file of settings; refuse one that is no mapping or has a key twice, and say in which line."""
+        if str(cfg_path) == "-" or Path(cfg_path).is_fifo():  # which can be read only once
+            return super().parse_path(cfg_path, *args, **kwargs)
         try:
             settings = load_file(Path(cfg_path), "a recipe")
         except SpecError as error:
@@ -60,8 +62,10 @@ class Parser(LightningArgumentParser):
         if not isinstance(settings, dict):
             found = "nothing" if settings is None else repr(settings)[:60]
             self.error(f"Expected `name: value` lines in {cfg_path}, but got {found}. Write a recipe there.")
+        known = {each.partition(".")[0] for each in options(self)}
+        known |= set(self._subcommands_action.choices if self._subcommands_action else ())
         for key in settings:  # one without settings of its own would be passed over
-            if key not in {each.partition(".")[0] for each in options(self)}:
+            if key not in known:
                 self.error(f"Option '{key}' is not accepted")
         return super().parse_path(cfg_path, *args, **kwargs)
 

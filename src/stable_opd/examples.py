@@ -67,7 +67,7 @@ class Reader:
             ValueError: If it lacks a column, or no example is left.
         """
         table = read_source(source)
-        self._check_columns(source, table.column_names)
+        self._check_columns(source, list(table[0]))
         examples: list[tuple[int, Example]] = []
         dropped: Counter[str] = Counter()
         for number, row in enumerate(table):
@@ -83,8 +83,9 @@ class Reader:
         whole = f"{len(found)} of {len(examples)}" if source.part else str(len(examples))
         rank_zero_info(f"{name}: {whole} examples from {source.path}{suffix}")
         if not examples:
-            why = f"all {len(table)} were dropped ({reasons})" if len(table) else "it is empty"
-            raise ValueError(f"Expected at least one example in {source.path}, but {why}.")
+            raise ValueError(
+                f"Expected at least one example in {source.path}, but all {len(table)} were dropped ({reasons})."
+            )
         if not found:
             raise ValueError(
                 f"Expected some examples of {source.path} in the part {list(source.part or ())}, but there are only "

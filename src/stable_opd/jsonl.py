@@ -3,6 +3,7 @@
 import codecs
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 #: Bytes at the end of a file in which its last line is looked for.
 LONGEST = 2**20
+
+#: How JSON writes half of a pair of surrogates, by itself or beside the other half.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 #: Bytes of the longest line that is read as an example: a thousand times a long solution.
 LONGEST_LINE = 2**26
@@ -52,7 +56,7 @@ def _listed(path: Path) -> Iterator[dict[str, Any]]:
 def _parsed(text: bytes, place: str) -> Any:
     try:
         found = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
-        if b"\\u" in text:
+        if _SURROGATE.search(text):
             json.dumps(found, ensure_ascii=False).encode()  # half of a pair of surrogates is no character
     except (ValueError, RecursionError) as error:
         raise ValueError(

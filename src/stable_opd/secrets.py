@@ -12,7 +12,7 @@ _NAME = re.compile(
 )
 #: A password within an address.
 _ADDRESS = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
-#: Characters of the shortest key; tokens of a vocabulary are shorter.
+#: Characters of the shortest key; tokens of a vocabulary are shorter, or stand in angle brackets.
 _SHORTEST = 8
 
 
@@ -37,6 +37,6 @@ def _secrets(value: Any, name: str = "") -> Iterator[str]:
         for key, each in items:
             yield from _secrets(each, f"{name}.{key}".lstrip("."))
     elif isinstance(value, str):
-        named = _NAME.search(name.rpartition(".")[2]) and len(value) >= _SHORTEST
-        if named or _ADDRESS.search(value):
+        of_a_vocabulary = len(value) < _SHORTEST or value[0] + value[-1] == "<>"
+        if (_NAME.search(name.rpartition(".")[2]) and not of_a_vocabulary) or _ADDRESS.search(value):
             yield name

@@ -1,21 +1,17 @@
 """Where examples come from, and reading them as tables."""
 
 import collections
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stable_opd.jsonl import read_objects
 from stable_opd.tasks import Task
 from stable_opd.testbed import resolve
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 #: Columns of a table; files whose keys are data have more.
 MOST_COLUMNS = 1000
-
-_KINDS: dict[Any, str] = {str: "text", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
 #: Characters of a library's message that are passed on; it may quote the data.
 LONGEST_REASON = 500
@@ -88,16 +84,16 @@ class EvaluationSet(Source):
             )
 
 
-def read_source(source: Source) -> "Dataset":
-    """Read a source as a table.
+def read_source(source: Source) -> Sequence[Mapping[str, Any]]:
+    """Read a source as rows, all with the same columns.
 
     Raises:
         ValueError: If there is nothing at a local path, if it is empty, or if it cannot be read.
     """
     place = Path(resolve(source.path))
-    columns = _columns(place)
+    rows = _rows(place)
     try:
-        table = _load_table(place, source) if columns is None else _tabulated(columns)
+        table: Sequence[Mapping[str, Any]] = _load_table(place, source) if rows is None else rows
     except Exception as error:  # whatever a file or a hub may do, the user must learn which source it was
         # The libraries say of a table without rows that its schema or its first file cannot be found.
         if _is_empty(place) or isinstance(error, IndexError) or "corresponds to no data" in str(error):
@@ -112,6 +108,8 @@ def read_source(source: Source) -> "Dataset":
 
 
 def _load_table(place: Path, source: Source) -> Any:
+    if place.suffix in (".jsonl", ".json", ".parquet") and not place.exists():
+        raise FileNotFoundError(f"there is no file {place.absolute()}")  # and no hub is asked for one
     import datasets  # takes a second to import, which only those who load data should pay
 
     if place.suffix == ".parquet":
@@ -122,11 +120,11 @@ def _load_table(place: Path, source: Source) -> Any:
     return datasets.load_dataset(str(place), source.subset, split=source.split)
 
 
-def _columns(place: Path) -> dict[str, list[Any]] | None:
-    """Return the columns of a file of JSON; None of anything else. Such files in a folder are looked at, no more.
+def _rows(place: Path) -> list[dict[str, Any]] | None:
+    """Return the rows of a file of JSON, each with all columns; None of anything else.
 
-    They are read here because the reader of pyarrow brings the process down on some, and takes text like 2026-01-01 for
-    a date.
+    Such files in a folder are looked at, no more. They are read here because the reader of pyarrow brings the process
+    down on some, takes text like 2026-01-01 for a date, and has one type for a column, also for one that nobody reads.
     """
     if place.is_dir():
         for each in sorted(place.rglob("*.jsonl")):
@@ -135,33 +133,12 @@ def _columns(place: Path) -> dict[str, list[Any]] | None:
     if place.suffix not in (".jsonl", ".json") or not place.is_file():
         return None
     rows = list(read_objects(place))
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    if len(names) > MOST_COLUMNS:
+    blank: dict[str, Any] = dict.fromkeys(name for row in rows for name in row)
+    if len(blank) > MOST_COLUMNS:
         raise ValueError(
-            f"Expected at most {MOST_COLUMNS} columns in {place}, but got {len(names)}. Give all rows the same keys."
+            f"Expected at most {MOST_COLUMNS} columns in {place}, but got {len(blank)}. Give all rows the same keys."
         )
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    for name, values in columns.items():
-        _check_kind(place, name, values)
-    return columns
-
-
-def _check_kind(place: Path, name: str, values: list[Any]) -> None:
-    """Refuse a column that holds text in one row and a number in another."""
-    kinds = [float if type(value) is int else type(value) for value in values]
-    first = next((kind for kind in kinds if kind is not type(None)), None)
-    for number, kind in enumerate(kinds, 1):
-        if kind not in (first, type(None)):
-            raise ValueError(
-                f"Expected one type of value in the column {name[:60]!r} of {place}, but got {_KINDS[kind]} in row "
-                f"{number} and {_KINDS[first]} before. Mend one of them."
-            )
-
-
-def _tabulated(columns: dict[str, list[Any]]) -> Any:
-    import datasets
-
-    return datasets.Dataset.from_dict(columns)
+    return [row if len(row) == len(blank) else blank | row for row in rows]
 
 
 def _reason(error: BaseException) -> str:

@@ -43,7 +43,7 @@ ROWS = {
     "a key twice": (b'{"prompt": "Q", "prompt": "R"}\n', r"the key 'prompt' stands there twice: .*line 1\."),
     "deep": (b'{"prompt": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n", r"recursion depth exceeded.*line 1\."),
     "a number too long": (b'{"prompt": ' + b"9" * 5000 + b"}\n", r"Exceeds the limit .*line 1\."),
-    "two types": (GOOD + b'{"prompt": 5}\n', r"column 'prompt' of .*, but got a number in row 2 and text before"),
+    "two types": (GOOD + b'{"prompt": 5}\n', r"a\.jsonl, row 2: Expected prompts to be text, but got a int"),
     "keys that are data": (b"".join(b'{"k%d": 1}\n' % n for n in range(1001)), r"at most 1000 columns .* got 1001"),
     "prompt of a number": (b'{"prompt": 5}\n', r"a\.jsonl, row 1: Expected prompts to be text, but got a int"),
     "golden of a number": (
@@ -75,6 +75,23 @@ def test_rows_that_bring_the_reader_of_pyarrow_down_are_refused_in_a_folder_too(
 def test_text_that_looks_like_a_date_stays_text(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [EXAMPLE | {"answer": "2026-01-01"}])
     assert read_source(Source(str(tmp_path / "a.jsonl")))[0]["answer"] == "2026-01-01"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[3, "x + 1"], [1, 2.5], [True, 1], [2**70, 1], [2**60 + 1, 0.5], [{"level": 1}, {"level": "?"}], [[1, "a"], []]],
+    ids=str,
+)
+def test_columns_may_hold_values_of_several_types_and_keep_them(values, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [EXAMPLE | {"answer": each, "more": each} for each in values])
+    found = Reader(TOKENIZER, Columns(), trains=True).read("train", Source(path))
+    assert repr([each.fields["answer"] for each in found]) == repr(values)  # 1 is no 1.0: to a grader they differ
+    assert repr([each.fields["more"] for each in found]) == repr(values)
+
+
+def test_rows_without_a_column_have_none_there(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [EXAMPLE, EXAMPLE | {"more": 1}])
+    assert [row["more"] for row in read_source(Source(path))] == [None, 1]
 
 
 def test_control_and_bidi_characters_are_data_like_any_other(tmp_path):
@@ -266,12 +283,13 @@ def test_a_file_of_something_else_is_no_checkpoint(state, tmp_path):
         check_whole(tmp_path / "a.ckpt")
 
 
-def test_of_a_sharded_checkpoint_the_description_is_looked_at(tmp_path):
+@pytest.mark.parametrize(
+    "write", [lambda file: torch.save({"global_step": 1}, file), lambda file: file.write_bytes(b"")]
+)
+def test_of_a_sharded_checkpoint_the_description_is_looked_at(write, tmp_path):
     folder = tmp_path / "last-step=1.ckpt"
     folder.mkdir()
-    torch.save({"global_step": 1}, folder / "meta.pt")
-    check_whole(folder)
-    (folder / "meta.pt").write_bytes(b"")
+    write(folder / "meta.pt")
     with pytest.raises(ValueError, match="Expected a whole checkpoint"):
         check_whole(folder)
 

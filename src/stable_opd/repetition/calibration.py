@@ -155,12 +155,12 @@ def golden_texts(path: str, column: str = "golden", split: str = "train", subset
     from stable_opd.sources import Source, read_source
 
     table = read_source(Source(path, split, subset))
-    if column not in table.column_names:
+    if column not in table[0]:
         raise ValueError(
-            f"Expected {path} to have a column {column!r} with the golden texts, but it has {table.column_names}. Name "
+            f"Expected {path} to have a column {column!r} with the golden texts, but it has {list(table[0])}. Name "
             "the column with --column."
         )
-    values = [value for value in table[column] if value]
+    values = [value for row in table if (value := row[column])]
     odd = next((value for value in values if not isinstance(value, str)), None)
     if odd is not None:
         raise ValueError(
