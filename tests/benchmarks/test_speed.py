@@ -1,6 +1,7 @@
 """The helpers of the speed benchmark; and its smoke run, which needs no other library than ours."""
 
 import json
+import logging
 import math
 import random
 from dataclasses import replace
@@ -202,7 +203,17 @@ def test_an_answer_ends_at_its_first_stop_token():
     assert not ends([5, 6], [0], 4)
 
 
+@pytest.fixture
+def loggers():
+    """What lightning says at the end as at the beginning; the benchmark silences it."""
+    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("loggers")
 def test_smoke(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     main(["--smoke", "--threads", "1", "--out", str(tmp_path)])
