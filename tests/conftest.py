@@ -12,6 +12,7 @@ import logging
 
 import pytest
 import torch
+from torch.distributed import destroy_process_group, is_initialized
 
 from helpers import problems, save, tiny_model, write_jsonl
 from stable_opd import streaming
@@ -35,9 +36,15 @@ def pytest_unconfigure():
 
 @pytest.fixture(autouse=True)
 def _process_of_its_own(monkeypatch):
-    """`seed_everything` writes into the environment, and the command line reads the process's arguments."""
+    """What a run leaves in its process: variables of the environment (seed, ports), arguments, a group of processes."""
+    before = dict(os.environ)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setattr("sys.argv", ["stable-opd"])
+    yield
+    if is_initialized():
+        destroy_process_group()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
 
 
 @pytest.fixture
