@@ -196,6 +196,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
     # peft 0.21 asks in words that transformers 5.23 deprecates.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    # They are figures of all processes when they are logged.
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
     # The prompts are in memory already, so workers would only copy them.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # Ours is: the sampler goes on where the global step says.
