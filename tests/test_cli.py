@@ -334,6 +334,7 @@ MISSPELT_YAML = {
     "group option": ({"model": {"rollout": {"sample_per_prompt": 3}}}, "samples_per_prompt"),
     "data option": ({"data": {"init_args": {"bach_size": 3}}}, "batch_size"),
     "trainer option": ({"trainer": {"max_step": 3}}, "max_steps"),
+    "a name that is no word": ({"model": {"optimi:er": {"class_path": "torch.optim.SGD"}}}, "optimizer"),
 }
 
 

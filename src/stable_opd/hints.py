@@ -27,9 +27,8 @@ def hints(message: str, known_options: set[str]) -> list[str]:
         message: What the parser says.
         known_options: All long options that there are.
     """
-    return list(
-        dict.fromkeys(_components(message) + _parameters(message, known_options) + _options(message, known_options))
-    )
+    found = _components(message), *(each(message, known_options) for each in (_parameters, _sections, _options))
+    return list(dict.fromkeys(hint for each in found for hint in each))
 
 
 def _components(message: str) -> list[str]:
@@ -66,10 +65,25 @@ def _parameters(message: str, known: set[str]) -> list[str]:
     return found
 
 
+def _sections(message: str, known: set[str]) -> list[str]:
+    """A key that a section does not have: name those that it has."""
+    found = []
+    for group, key in re.findall(r"(?:Group '([\w.]+)'|Subcommand '\w+') does not accept option '([^']+)'", message):
+        section, inside = "", known
+        for name in f"{group}.{key}".removeprefix(".").split("."):
+            names = sorted({each.partition(".")[0] for each in inside})
+            if name not in names:
+                where, near = section or "a recipe", _did_you_mean(name, names)
+                found += [f"Expected one of {', '.join(names)} in {where}, but got {name!r}.{near}"] if names else []
+                break
+            section = f"{section}.{name}".removeprefix(".")
+            inside = {each.removeprefix(f"{section}.") for each in known if each.startswith(f"{section}.")}
+    return found
+
+
 def _options(message: str, known: set[str]) -> list[str]:
     """An option that does not exist: name the nearest."""
     unknown = re.findall(r"unrecognized arguments: --([\w.]+)", message)
-    unknown += re.findall(r"does not accept option '([\w.]+)'", message)
     return [meant.strip() for option in unknown if (meant := _did_you_mean(option, sorted(known)))]
 
 
