@@ -1,6 +1,6 @@
 """A first look at the student's tokens, before the loss: what weights may depend on."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -68,7 +68,6 @@ class Look:
         return self.glance
 
 
-@torch.no_grad()
 def glance(
     work: Iterable[Piece],
     readings: Iterable[Sequence[Reading]],
@@ -93,21 +92,45 @@ def glance(
         ValueError: If the teacher did not read what the student wrote.
     """
     found = torch.zeros(4, count, dtype=torch.float32, device=student.device)  # whatever the default is
+    for group, reading, ours in read_again(work, readings, student, vocabulary, event):
+        if group.on_policy:
+            found[:, group.places] = _seen(group, reading, ours)
+    return Glance(*found)
+
+
+@torch.no_grad()
+def read_again(
+    work: Iterable[Piece],
+    readings: Iterable[Sequence[Reading]],
+    student: PreTrainedModel,
+    vocabulary: int,
+    event: StopEvent | None = None,
+) -> Iterator[tuple[Group, Reading, HiddenStates]]:
+    """Let the student read all micro-batches without a gradient, in evaluation mode; sharded, on all processes.
+
+    Args:
+        work: The micro-batches.
+        readings: What the models that do not learn said of each.
+        student: The model that learns.
+        vocabulary: Size of the shared vocabulary.
+        event: The terminal ids that the student's log-probs have as one.
+
+    Yields:
+        Each group, with what the others and the student think of its positions.
+    """
     learning = student.training
     student.eval()
     head = inside(student, partial(_head, student, vocabulary))  # it stays gathered, if it has to be
     for piece, answers in zip(work, readings, strict=True):
         states, start = inside(student, partial(body, student, piece.rollout)), 0
         for group, reading in zip(piece.groups, answers, strict=True):
-            ours = states[start : start + len(group.places)]
+            yield group, reading, HiddenStates(states[start : start + len(group.places)], head, event)
             start += len(group.places)
-            if group.on_policy:
-                found[:, group.places] = _seen(group, reading, HiddenStates(ours, head, event))
     student.train(learning)
     reshard(student)
-    return Glance(*found)
 
 
+@torch.no_grad()
 def _seen(group: Group, reading: Reading, ours: HiddenStates) -> Tensor:
     """Return what `Glance` holds of a group's tokens, (4, n)."""
     theirs = reading.teacher

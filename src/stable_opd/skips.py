@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stable_opd.learning import Learner, Moment, Work
-from stable_opd.models import output_head
+from stable_opd.look import read_again
 from stable_opd.objective import Reading
 from stable_opd.processes import Processes
-from stable_opd.scoring import HiddenStates, Opinion, body
-from stable_opd.sharding import inside, reshard, whole
+from stable_opd.scoring import Opinion
+from stable_opd.sharding import whole
 from stable_opd.streaming import opinion, tiles
 from stable_opd.types import Rollout
 
@@ -152,22 +151,13 @@ def _log_probs(case: Case, readings: list[list[Reading]]) -> tuple[dict[str, Ten
     nothing = torch.full((len(case.rollout.row),), torch.nan, dtype=torch.float32, device=device)
     found = {name: nothing.clone() for name in MODELS}
     counts = torch.zeros(len(MODELS), 2, dtype=torch.float32, device=device)
-    learning = model.training
-    model.eval()
-    head = inside(model, lambda: output_head(model, learner.vocabulary).detached())
-    for piece, answers in zip(case.work.pieces, readings, strict=True):
-        states, start = inside(model, partial(body, model, piece.rollout)), 0
-        for group, reading in zip(piece.groups, answers, strict=True):
-            own = HiddenStates(states[start : start + len(group.places)], head, learner.rule.student)
-            start += len(group.places)
-            tokens = group.evidence.tokens
-            for number, each in enumerate((own, reading.teacher, reading.reference)):
-                if each is not None:
-                    given, wrong = _read(MODELS[number], each, tokens, tiles(len(tokens), own))
-                    found[MODELS[number]][group.places] = given
-                    counts[number] += torch.stack([wrong.sum(), wrong.new_tensor(len(wrong), dtype=torch.long)])
-    model.train(learning)
-    reshard(model)
+    for group, reading, own in read_again(case.work.pieces, readings, model, learner.vocabulary, learner.rule.student):
+        tokens = group.evidence.tokens
+        for number, each in enumerate((own, reading.teacher, reading.reference)):
+            if each is not None:
+                given, wrong = _read(MODELS[number], each, tokens, tiles(len(tokens), own))
+                found[MODELS[number]][group.places] = given
+                counts[number] += torch.stack([wrong.sum(), wrong.new_tensor(len(wrong), dtype=torch.long)])
     asked = dict(zip(MODELS, counts[:, 1].bool().tolist(), strict=True))
     return {name: each for name, each in found.items() if asked[name]}, counts
 

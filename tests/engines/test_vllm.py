@@ -214,7 +214,7 @@ def test_student_that_is_sharded_is_refused(tmp_path):
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match=r"one that is sharded.*a strategy such as ddp"):
+        with pytest.raises(ValueError, match=r"one that is sharded.*a copy that is whole"):
             fingerprint(model)
     finally:
         distributed.destroy_process_group()

@@ -20,7 +20,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.tensor import DTensor
 
+from stable_opd.models import is_finite
 from stable_opd.processes import end_launched
 from stable_opd.resume import changes, checkpoint_path, checkpoints, peek, refusal, step_of
 from stable_opd.skips import NonFiniteError
@@ -325,8 +327,8 @@ def _left(folder: Path) -> str:
 
 def _finite(module: LightningModule) -> bool:
     """Return whether what is trained is finite; of sharded weights, whether this process's part is."""
-    parts = (each.detach() for each in module.parameters() if each.requires_grad)
-    return all(bool(getattr(each, "to_local", lambda each=each: each)().isfinite().all()) for each in parts)
+    learning = (each.detach() for each in module.parameters() if each.requires_grad)
+    return all(is_finite(each.to_local() if isinstance(each, DTensor) else each) for each in learning)
 
 
 def _untouched(trainer: Trainer, step: int) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.utils import logging as bars
 
 from stable_opd.engines.decoder import weight_and_bias
 from stable_opd.models import trained
+from stable_opd.sharding import is_sharded
 
 #: Integers with as many bytes as a weight.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -25,8 +26,16 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     It is made of sums of each parameter's rows and columns, of its bits as integers, so it costs two looks at the
     weights. Each sum counts by its place, or two changes in opposite directions could hide each other.
+
+    Raises:
+        ValueError: If this process has but a part of them.
     """
-    sums = [_sum(each.detach()) for each in _whole(model)]
+    if is_sharded(model):
+        raise ValueError(
+            "Expected a student with all its weights in this process, but got one that is sharded. Give the engine a "
+            "copy that is whole (`stable_opd.sharding.InferenceCopy`), as OPDModule does."
+        )
+    sums = [_sum(each.detach()) for each in model.parameters()]
     devices = {each.device for each in sums}
     listed = [number for device in devices for number in torch.stack([s for s in sums if s.device == device]).tolist()]
     return hashlib.blake2b(repr(listed).encode(), digest_size=12).hexdigest()
@@ -36,21 +45,6 @@ def _sum(parameter: Tensor) -> Tensor:
     bits = torch.atleast_2d(parameter.contiguous().view(_BITS[parameter.element_size()])).flatten(1)
     sums = torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
     return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
-
-
-def _whole(model: PreTrainedModel) -> Sequence[Tensor]:
-    """Return the parameters of a model.
-
-    Raises:
-        ValueError: If a part of one is in another process.
-    """
-    parameters = list(model.parameters())
-    if any(type(each).__name__ in ("DTensor", "FlatParameter") for each in parameters):
-        raise ValueError(
-            "Expected a student with all its weights in each process, but got one that is sharded. A server of models "
-            "can be given the weights of one process only: use a strategy such as ddp, or generate in this process."
-        )
-    return parameters
 
 
 @torch.no_grad()
