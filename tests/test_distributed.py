@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from runs import write_recipe
 from stable_opd.cli import main
 from stable_opd.resume import checkpoints
 
@@ -18,31 +19,15 @@ from stable_opd.resume import checkpoints
 @pytest.fixture
 def recipe(student_path, teacher_path, train_path, validation_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = {
-        "model": {
-            "student": student_path,
-            "teacher": {"class_path": "LocalTeacher", "init_args": {"path": teacher_path}},
-            "divergence": "ReverseKL",
-            "mixture": "GoldenMixture",
-            "repetition": {"class_path": "PeriodicSuffix", "init_args": {"min_tokens": 3, "max_period": 4}},
-            "constraints": {"anchor": {"class_path": "ReferenceKL", "init_args": {"weight": 0.5}}},
-            # Plain descent: Adam would blow the rounding of a vanishing gradient up to a whole step.
-            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
-            "rollout": {"samples_per_prompt": 2, "max_new_tokens": 10},
-            "update": {"micro_batch_tokens": 100},  # several micro-batches, and not as many on each process
-        },
-        "data": {
-            "class_path": "PromptDataModule",
-            "init_args": {
-                "train": {"path": train_path},
-                "validation": {"one": {"path": validation_path}, "two": {"path": validation_path, "samples": 2}},
-                "task": "ModularChains",
-            },
-        },
-        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "val_check_interval": 1},
+    model = {
+        "constraints": {"anchor": {"class_path": "ReferenceKL", "init_args": {"weight": 0.5}}},
+        # Plain descent: Adam would blow the rounding of a vanishing gradient up to a whole step.
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+        "update": {"micro_batch_tokens": 100},  # several micro-batches, and not as many on each process
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path
+    validation = {"one": {"path": validation_path}, "two": {"path": validation_path, "samples": 2}}
+    trainer = {"max_steps": 2, "val_check_interval": 1}
+    return write_recipe(tmp_path, student_path, teacher_path, train_path, validation, model, trainer=trainer)
 
 
 def read(version):

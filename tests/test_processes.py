@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import two_processes
+from runs import write_recipe
 from stable_opd.cli import main
 from stable_opd.resume import checkpoints, step_of
 
@@ -29,37 +29,23 @@ UNEVEN = {
 @pytest.fixture(scope="module")
 def place(student_path, teacher_path, train_path, validation_path, tmp_path_factory):
     """A folder with a recipe."""
-    place = tmp_path_factory.mktemp("processes")
-    config = {
-        "model": {
-            "student": student_path,
-            "teacher": {"class_path": "LocalTeacher", "init_args": {"path": teacher_path}},
-            "divergence": "ReverseKL",
-            "mixture": "StudentOnly",
-            "repetition": {"class_path": "PeriodicSuffix", "init_args": {"min_tokens": 3, "max_period": 4}},
-            "constraints": {"anchor": {"class_path": "ReferenceKL", "init_args": {"weight": 0.5}}},
-            # Plain descent: Adam would blow the rounding of a vanishing gradient up to a whole step.
-            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
-            "rollout": {"samples_per_prompt": 2, "max_new_tokens": 10},
-            "update": {"micro_batch_tokens": 60},  # several micro-batches, and not as many on each process
-        },
-        "data": {
-            "class_path": "PromptDataModule",
-            "init_args": {
-                "train": {"path": train_path},
-                "validation": {"path": validation_path},
-                "task": "ModularChains",
-                "batch_size": 4,
-            },
-        },
-        "trainer": {
-            **{"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "num_sanity_val_steps": 0},
-            **{"check_val_every_n_epoch": None, "val_check_interval": 100, "limit_val_batches": 0},
-        },
-        "checkpoint": {"every_n_steps": 1, "keep": 9},
+    model = {
+        "mixture": "StudentOnly",
+        "constraints": {"anchor": {"class_path": "ReferenceKL", "init_args": {"weight": 0.5}}},
+        # Plain descent: Adam would blow the rounding of a vanishing gradient up to a whole step.
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+        "update": {"micro_batch_tokens": 60},  # several micro-batches, and not as many on each process
     }
-    (place / "recipe.yaml").write_text(yaml.safe_dump(config))
-    return place
+    paths = student_path, teacher_path, train_path, validation_path
+    validation = {"check_val_every_n_epoch": None, "val_check_interval": 100, "limit_val_batches": 0}
+    return write_recipe(
+        tmp_path_factory.mktemp("processes"),
+        *paths,
+        model,
+        data={"batch_size": 4},
+        trainer={"max_steps": 4, "num_sanity_val_steps": 0, **validation},
+        checkpoint={"every_n_steps": 1, "keep": 9},
+    )
 
 
 def callback(path, **settings):

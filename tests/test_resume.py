@@ -1,6 +1,5 @@
 """Runs that are killed, and started again by the same command."""
 
-import csv
 import json
 import os
 import resource
@@ -17,6 +16,7 @@ from lightning.pytorch import LightningModule
 
 from helpers import save, tiny_model
 from killing import attempt
+from runs import logged, same
 from stable_opd.callbacks import RunCheckpoint
 from stable_opd.callbacks.checkpoint import _state_bytes
 from stable_opd.cli import main
@@ -116,30 +116,6 @@ def state(name, step=STEPS):
     return torch.load(folder(name) / "checkpoints" / f"last-step={step}.ckpt", weights_only=True)
 
 
-def rows(name):
-    """The logged figures that do not depend on the clock."""
-    with (folder(name) / "metrics.csv").open() as file:
-        found = list(csv.DictReader(file))
-    clock = ("time/", "throughput/")
-    return [{each: value for each, value in row.items() if not each.startswith(clock)} for row in found]
-
-
-def same(one, other, where="state"):
-    """Compare whatever a checkpoint holds, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{where}: {text}")
-    elif isinstance(one, dict):
-        assert list(one) == list(other), where
-        for key in one:
-            same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for place, (first, second) in enumerate(zip(one, other, strict=True)):
-            same(first, second, f"{where}[{place}]")
-    else:
-        assert one == other, where
-
-
 def assert_same_run(name, expected, processes=1):
     """Weights, optimizer and all other state; figures; sample answers."""
     found, wanted = state(name), state(expected)
@@ -147,7 +123,7 @@ def assert_same_run(name, expected, processes=1):
         same(found[part], wanted[part], part)
     if processes > 1:
         same(found["processes"], wanted["processes"], "processes")
-    assert rows(name) == rows(expected)
+    assert logged(folder(name)) == logged(folder(expected))
     assert (folder(name) / "samples.jsonl").read_text() == (folder(expected) / "samples.jsonl").read_text()
 
 
@@ -360,7 +336,7 @@ def test_another_configuration_can_be_accepted(whole):
     accept = ["--checkpoint.accept_changes", "true", "--trainer.max_steps", "8"]
     with pytest.warns(UserWarning, match=r"another configuration: .*anchor.init_args.weight: 0.1 became 0.2"):
         main(whole("accepted", "--model.constraints.anchor.init_args.weight", "0.2", *accept))
-    assert len([row for row in rows("accepted") if row["train/loss"]]) == 8
+    assert len([row for row in logged(folder("accepted")) if row["train/loss"]]) == 8
 
 
 def test_what_has_no_say_in_the_training_may_change(whole):

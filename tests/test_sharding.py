@@ -1,6 +1,5 @@
 """Sharded training (FSDP2): two processes do what one does, and go on where any number of them stopped."""
 
-import csv
 import json
 import pickle
 import shutil
@@ -12,6 +11,7 @@ import torch.distributed as dist
 import yaml
 from transformers import AutoModelForCausalLM
 
+from runs import logged, write_recipe
 from sharded import run
 from stable_opd import shards
 from stable_opd.cli import main
@@ -31,33 +31,19 @@ EQUAL = {"rtol": 0, "atol": 2e-6}
 @pytest.fixture(scope="module")
 def place(student_path, teacher_path, train_path, validation_path, tmp_path_factory):
     """A folder with a recipe: rows of two authors, a reference, a controller, and an optimizer that remembers."""
-    place = tmp_path_factory.mktemp("sharding")
-    config = {
-        "model": {
-            "student": student_path,
-            "teacher": {"class_path": "LocalTeacher", "init_args": {"path": teacher_path}},
-            "divergence": "ReverseKL",
-            "mixture": "GoldenMixture",
-            "repetition": {"class_path": "PeriodicSuffix", "init_args": {"min_tokens": 3, "max_period": 4}},
-            "constraints": {"anchor": ANCHOR},
-            # Adam would blow the rounding of a vanishing gradient up to a whole step.
-            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}},
-            "rollout": {"samples_per_prompt": 2, "max_new_tokens": 10},
-            "update": {"micro_batch_tokens": 100},  # several micro-batches, and not as many on each process
-        },
-        "data": {
-            "class_path": "PromptDataModule",
-            "init_args": {
-                "train": {"path": train_path},
-                "validation": {"path": validation_path},
-                "task": "ModularChains",
-            },
-        },
-        "trainer": {"max_steps": STEPS, "accelerator": "cpu", "enable_progress_bar": False, "val_check_interval": 2},
-        "checkpoint": {"every_n_steps": 1, "keep": STEPS},
+    model = {
+        "constraints": {"anchor": ANCHOR},
+        # Adam would blow the rounding of a vanishing gradient up to a whole step.
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}},
+        "update": {"micro_batch_tokens": 100},  # several micro-batches, and not as many on each process
     }
-    (place / "recipe.yaml").write_text(yaml.safe_dump(config))
-    return place
+    return write_recipe(
+        tmp_path_factory.mktemp("sharding"),
+        *(student_path, teacher_path, train_path, validation_path),
+        model,
+        trainer={"max_steps": STEPS, "val_check_interval": 2},
+        checkpoint={"every_n_steps": 1, "keep": STEPS},
+    )
 
 
 @pytest.fixture
@@ -120,14 +106,11 @@ def assert_same_run(name, other, but=()):
 
 
 def figures(name):
-    return figures_of(Path("runs", name, "version_0", "metrics.csv"))
+    return numbers(Path("runs", name, "version_0"))
 
 
-def figures_of(path):
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    clock = ("time/", "throughput/")
-    return [{key: float(each) for key, each in row.items() if each and not key.startswith(clock)} for row in rows]
+def numbers(folder):
+    return [{key: float(each) for key, each in row.items() if each} for row in logged(folder)]
 
 
 def test_two_sharded_processes_are_one(whole, two):
@@ -201,7 +184,7 @@ def test_a_sharded_checkpoint_is_evaluated_and_exported(two, tmp_path):
             assert torch.equal(exported[name.removeprefix("student.")], value)
     copied("evaluated", "two", 2)
     assert run(two("evaluated", 2, *SHARDED, command="validate"), 2) == [0, 0]
-    (row,) = (each for each in map(figures_of, Path("runs/evaluated").glob("version_*/metrics.csv")) if len(each) == 1)
+    (row,) = (each for each in map(numbers, Path("runs/evaluated").glob("version_*")) if len(each) == 1)
     *_, expected = (each for each in figures("two") if "val/length_mean" in each)  # those of step 2
     evaluated = {key: value for key, value in row[0].items() if key.startswith("val/")}
     assert evaluated == pytest.approx({key: expected[key] for key in evaluated})

@@ -1,6 +1,5 @@
 """Steps that cannot be taken, in runs that are started as a user starts them."""
 
-import csv
 import json
 import math
 import re
@@ -10,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors import safe_open
 
 from faulty import Fault  # noqa: F401  # the command line finds it by its path
 from helpers import save, tiny_model
+from runs import logged, same, write_recipe
 from stable_opd import skips
 from stable_opd.cli import main
 from stable_opd.resume import checkpoints, step_of
@@ -27,41 +26,26 @@ STEPS = 7
 def place(teacher_path, train_path, validation_path, tmp_path_factory):
     """A folder with a recipe of which every part remembers something; epochs have 3 steps."""
     place = tmp_path_factory.mktemp("skips")
-    config = {
-        "model": {
-            "student": save(tiny_model(1, attention_dropout=0.3), place / "student"),
-            "teacher": {"class_path": "LocalTeacher", "init_args": {"path": teacher_path}},
-            "divergence": "ReverseKL",
-            "mixture": {"class_path": "ReplayMixture", "init_args": {"rate": 0.5, "capacity": 20}},
-            "repetition": {"class_path": "PeriodicSuffix", "init_args": {"min_tokens": 3, "max_period": 4}},
-            "constraints": {
-                "anchor": {
-                    "class_path": "ReferenceKL",
-                    "init_args": {"weight": 0.1, "controller": {"class_path": "DualAscent"}},
-                },
-            },
-            "reference": {"class_path": "MovingAverage", "init_args": {"decay": 0.9}},
-            "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.7}},
-            "rollout": {"samples_per_prompt": 2, "max_new_tokens": 10},
-            "update": {"micro_batch_tokens": 200},
-        },
-        "data": {
-            "class_path": "PromptDataModule",
-            "init_args": {
-                "train": {"path": train_path},
-                "validation": {"path": validation_path},
-                "task": "ModularChains",
-                "batch_size": 8,
-            },
-        },
-        "trainer": {
-            **{"max_steps": STEPS, "accelerator": "cpu", "enable_progress_bar": False},
-            **{"check_val_every_n_epoch": None, "val_check_interval": 100, "num_sanity_val_steps": 0},
-        },
-        "checkpoint": {"every_n_steps": 1, "keep": 9},
+    anchor = {"weight": 0.1, "controller": {"class_path": "DualAscent"}}
+    model = {
+        "mixture": {"class_path": "ReplayMixture", "init_args": {"rate": 0.5, "capacity": 20}},
+        "constraints": {"anchor": {"class_path": "ReferenceKL", "init_args": anchor}},
+        "reference": {"class_path": "MovingAverage", "init_args": {"decay": 0.9}},
+        "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.7}},
+        "update": {"micro_batch_tokens": 200},
     }
-    (place / "recipe.yaml").write_text(yaml.safe_dump(config))
-    return place
+    seldom = {"check_val_every_n_epoch": None, "val_check_interval": 100, "num_sanity_val_steps": 0}
+    return write_recipe(
+        place,
+        save(tiny_model(1, attention_dropout=0.3), place / "student"),
+        teacher_path,
+        train_path,
+        validation_path,
+        model,
+        data={"batch_size": 8},
+        trainer={"max_steps": STEPS, **seldom},
+        checkpoint={"every_n_steps": 1, "keep": 9},
+    )
 
 
 @pytest.fixture
@@ -98,40 +82,17 @@ def state(name, step=STEPS):
     return torch.load(folder(name) / "checkpoints" / f"last-step={step}.ckpt", weights_only=True)
 
 
-def rows(name):
-    """The logged figures that do not depend on the clock; nan is text here, and so equal to itself."""
-    with (folder(name) / "metrics.csv").open() as file:
-        found = list(csv.DictReader(file))
-    return [{each: row[each] for each in row if not each.startswith(("time/", "throughput/"))} for row in found]
-
-
 def kept(name, step):
     """A batch that was kept for study: its tensors, and what is said of it."""
     with safe_open(folder(name) / "skipped" / f"step={step}-process=0.safetensors", "pt") as file:
         return {each: file.get_tensor(each) for each in file.keys()}, json.loads(file.metadata()["about"])  # noqa: SIM118
 
 
-def same(one, other, where="state"):
-    """Compare whatever a checkpoint holds, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{where}: {text}")
-    elif isinstance(one, dict):
-        assert list(one) == list(other), where
-        for key in one:
-            same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for place, (first, second) in enumerate(zip(one, other, strict=True)):
-            same(first, second, f"{where}[{place}]")
-    else:
-        assert one == other, where
-
-
 def assert_same_run(name, expected):
     found, wanted = state(name), state(expected)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "reference", "global_step", "epoch"):
         same(found[part], wanted[part], part)
-    assert rows(name) == rows(expected)
+    assert logged(folder(name)) == logged(folder(expected))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "teacher"])
@@ -149,7 +110,7 @@ def test_a_step_that_is_skipped_changes_nothing_that_learns_and_is_counted(what,
     assert not torch.equal(state(name, 5)["state_dict"][learning[0]], after["state_dict"][learning[0]])
     rates = [state(name, step)["optimizer_states"][0]["param_groups"][0]["lr"] for step in (4, 7)]
     assert rates == pytest.approx([1e-3 * 0.7**4, 1e-3 * 0.7**7])  # that of the step, as in a run without a fault
-    found = rows(name)
+    found = logged(folder(name))
     assert [int(row["step"]) for row in found] == list(range(STEPS))
     assert [float(row["train/skipped"]) for row in found] == [0, 0, 1, 2, 2, 3, 3]
     finite = [math.isfinite(float(row["train/loss"])) and math.isfinite(float(row["train/grad_norm"])) for row in found]
@@ -266,7 +227,7 @@ def test_a_batch_that_cannot_be_written_does_not_stop_the_run(run):
     (folder("blocked") / "skipped").write_text("a file")
     (said,) = run("blocked", "gradient", [2])
     assert re.match(r"Step 2 is skipped.*The batch could not be kept: .*File exists", said)
-    assert len(rows("blocked")) == STEPS
+    assert len(logged(folder("blocked"))) == STEPS
 
 
 def test_mixed_precision_and_a_guard_cope_with_steps_that_are_skipped(run):
@@ -278,7 +239,7 @@ def test_mixed_precision_and_a_guard_cope_with_steps_that_are_skipped(run):
     flags += ["--model.reference", "InitialStudent"]
     said = run("guarded", None, (), *flags, "--trainer.callbacks", json.dumps([fault, guard]))
     assert len(said) == 2
-    assert [float(row["train/skipped"]) for row in rows("guarded")][-1] == 4
+    assert [float(row["train/skipped"]) for row in logged(folder("guarded"))][-1] == 4
     assert not (folder("guarded") / "events.jsonl").exists()
 
 
